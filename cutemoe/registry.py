@@ -1,0 +1,64 @@
+"""Which ops exist, which back ends they have here, and what a call would run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cutemoe.errors import invalid
+from cutemoe.runtime import backend
+from cutemoe.runtime.backend import Explanation, Reason
+from cutemoe.runtime.device import Device
+from cutemoe.runtime.op import Op
+
+OPS = {
+    "route": "cutemoe.moe.api:ROUTE",
+    "fused_moe": "cutemoe.moe.api:FUSED_MOE",
+    "grouped_gemm": "cutemoe.gemm.api:GROUPED_GEMM",
+    "gdn_decode": "cutemoe.gdn.api:GDN_DECODE",
+    "gdn_verify": "cutemoe.gdn.api:GDN_VERIFY",
+}
+
+
+def _find(op: str | Callable[..., Any]) -> Op:
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        raise invalid("op", "one of " + ", ".join(map(repr, OPS)), repr(name))
+    module, _, record = OPS[name].partition(":")
+    return getattr(importlib.import_module(module), record)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which back end and configuration a call would use, or why every back end refuses.
+
+    Args:
+        op: name of a public op, or the function itself.
+        *args, **kwargs: the arguments of the call; tensors may live on the meta device.
+
+    Returns:
+        A record with `backend`, `config` and `reasons`; `print` shows it well.
+
+    Raises:
+        InvalidCall: the call itself is malformed, or the op does not exist.
+    """
+    found = _find(op)
+    problem, device, requested = found.describe(*args, **kwargs)
+    return backend.explain(found.name, found.backends, problem, Device.of(device), requested)
+
+
+def backends(
+    op: str | Callable[..., Any], device: torch.device | str | None = None
+) -> list[Reason]:
+    """Every back end of an op with its reason for not running on a device; None means it does.
+
+    Args:
+        op: name of a public op, or the function itself.
+        device: by default the current CUDA device, or the CPU where there is none.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = Device.of(torch.device(device))
+    return [Reason(b.name, b.unavailable(here)) for b in _find(op).backends]

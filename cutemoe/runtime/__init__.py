@@ -1,0 +1,1 @@
+"""Knows machines and no kernel: devices, back end choice, operator registration, settings."""
