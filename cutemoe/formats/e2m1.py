@@ -6,6 +6,8 @@ Two codes a byte, the low nibble is the even index. No infinity and no NaN: conv
 
 import torch
 
+from cutemoe.formats.format import decode_pairs
+
 MAX = 6.0
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -21,9 +23,17 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 
 
 def decode(code: torch.Tensor) -> torch.Tensor:
-    """uint8 code [...] -> float32 [...], exact."""
-    table = torch.tensor(VALUES + tuple(-v for v in VALUES), device=code.device)
-    return table[code.long()]
+    """uint8 code [...], the upper nibble ignored -> float32 [...], exact."""
+    # arithmetic, not a table: copying one to a GPU would synchronise
+    c = code.to(torch.int32)
+    exponent, mantissa = (c >> 1) & 3, c & 1
+    halves = torch.where(exponent == 0, mantissa, (2 + mantissa) << (exponent - 1).clamp(min=0))
+    return torch.where((c & 8) == 0, halves, -halves.to(torch.float32)) * 0.5
+
+
+def decode_bytes(data: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., K/2], two codes a byte -> float32 [..., K], exact."""
+    return decode_pairs(data, decode)
 
 
 def pack(code: torch.Tensor) -> torch.Tensor:

@@ -2,19 +2,19 @@
 
 import torch
 
-from cutemoe.formats.format import Format
+from cutemoe.formats.format import Format, divided
 
 MAX = 448.0
 
 
 def row_scale(x: torch.Tensor) -> torch.Tensor:
-    """float32 [..., K] -> float32 [...]: amax / 448, 1 where a row is zero."""
-    amax = x.abs().amax(-1)
-    return torch.where(amax == 0, 1.0, amax / MAX)
+    """float32 [..., K] -> float32 [...]: amax / 448, 1 where that is zero."""
+    s = divided(x.abs().amax(-1), MAX)
+    return torch.where(s == 0, 1.0, s)
 
 
 def encode_with(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 x and a scale that broadcasts over the last dimension -> e4m3fn, saturating at 448.
+    """float32 x [..., K], scale [] or [...] -> e4m3fn [..., K] of x / scale, saturating at 448.
 
     NaN and infinity give NaN: e4m3fn has no infinity, and a clamped one would pass unnoticed.
     """
@@ -25,9 +25,9 @@ def encode_with(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _encode(
     x: torch.Tensor, group_size: int | None, global_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     s = row_scale(x)
-    return encode_with(x, s), s, None
+    return encode_with(x, s), s
 
 
 FP8 = Format(
@@ -36,7 +36,6 @@ FP8 = Format(
     scale_dtype=torch.float32,
     codes_per_byte=1,
     group_sizes=(),
-    has_global=False,
     encode=_encode,
     decode=lambda data: data.to(torch.float32),
     decode_scale=lambda s: s,

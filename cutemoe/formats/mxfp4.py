@@ -8,7 +8,7 @@ from cutemoe.formats.format import Format, grouped
 
 def _encode(
     x: torch.Tensor, group_size: int | None, global_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale 2^(floor(log2 amax) - 2); a block with a NaN or an infinity gets the NaN scale."""
     blocks = grouped(x, group_size or 32)
     field = e8m0.exponent_field(blocks.abs().amax(-1))
@@ -16,11 +16,7 @@ def _encode(
     # 2^(127 - byte) is a normal float32 for every byte a finite amax gives (0..252)
     inverse = ((254 - byte).clamp(min=0).to(torch.int32) << 23).view(torch.float32)
     code = e2m1.encode(torch.where((byte == e8m0.NAN)[..., None], 0.0, blocks * inverse[..., None]))
-    return e2m1.pack(code.flatten(-2)), byte.to(torch.uint8), None
-
-
-def _decode(data: torch.Tensor) -> torch.Tensor:
-    return e2m1.decode(e2m1.unpack(data))
+    return e2m1.pack(code.flatten(-2)), byte.to(torch.uint8)
 
 
 MXFP4 = Format(
@@ -29,8 +25,7 @@ MXFP4 = Format(
     scale_dtype=torch.uint8,
     codes_per_byte=2,
     group_sizes=(32,),
-    has_global=False,
     encode=_encode,
-    decode=_decode,
+    decode=e2m1.decode_bytes,
     decode_scale=e8m0.decode,
 )

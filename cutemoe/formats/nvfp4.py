@@ -7,17 +7,26 @@ value = code * scale * global_scale, with global_scale = amax / (448 * 6) in che
 import torch
 
 from cutemoe.formats import e2m1
-from cutemoe.formats.format import Format, grouped
+from cutemoe.formats.format import Format, divided, grouped, row_chunks
 
 SCALE_MAX = 448.0
+# below it 1 / global_scale / scale can exceed float32: the smallest scale is 2^-9
+GLOBAL_MIN = 2.0**-118
 
 
 def default_global_scale(x: torch.Tensor) -> torch.Tensor:
-    """The float32 multiplier that lets the largest finite value use the whole range; [] float32."""
-    a = torch.where(torch.isfinite(x), x.abs(), 0.0)
-    amax = a.amax() if a.numel() else a.new_zeros(())
-    d = amax / torch.tensor(SCALE_MAX * e2m1.MAX, dtype=torch.float32)
-    return torch.where(d > 0, d, 1.0)
+    """The float32 multiplier that lets the largest finite value use the whole range; [] float32.
+
+    At least GLOBAL_MIN, so that the quantiser cannot overflow; 1 where every value is zero.
+    """
+    flat = x.reshape(-1)
+    amax = torch.zeros((), dtype=torch.float32, device=x.device)
+    for part in row_chunks(flat.numel(), 1, x.device):
+        a = flat[part].to(torch.float32).abs()
+        if a.numel():
+            amax = torch.maximum(amax, torch.where(torch.isfinite(a), a, 0.0).amax())
+    d = divided(amax, SCALE_MAX * e2m1.MAX).clamp(min=GLOBAL_MIN)
+    return torch.where(amax > 0, d, 1.0)
 
 
 def encode_blocks(
@@ -31,7 +40,7 @@ def encode_blocks(
     gets the NaN scale and zero codes.
     """
     amax = blocks.abs().amax(-1)
-    sixth = torch.tensor(1.0 / 6.0, dtype=torch.float32, device=blocks.device)
+    sixth = torch.full((), 1.0 / 6.0, dtype=torch.float32, device=blocks.device)
     s = (amax * (multiplier * sixth)).clamp(max=SCALE_MAX)
     s = torch.where(torch.isfinite(amax), s, torch.nan).to(torch.float8_e4m3fn)
     wide = s.to(torch.float32)
@@ -41,16 +50,10 @@ def encode_blocks(
 
 def _encode(
     x: torch.Tensor, group_size: int | None, global_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    d = default_global_scale(x) if global_scale is None else global_scale
-    blocks = grouped(x, group_size or 16)
-    g = 1.0 / d
-    code, s = encode_blocks(blocks, g.reshape(g.shape + (1,) * (blocks.ndim - 1 - g.ndim)))
-    return e2m1.pack(code.flatten(-2)), s, d
-
-
-def _decode(data: torch.Tensor) -> torch.Tensor:
-    return e2m1.decode(e2m1.unpack(data))
+) -> tuple[torch.Tensor, torch.Tensor]:
+    multiplier = torch.ones((), device=x.device) if global_scale is None else 1.0 / global_scale
+    code, s = encode_blocks(grouped(x, group_size or 16), multiplier[..., None])
+    return e2m1.pack(code.flatten(-2)), s
 
 
 NVFP4 = Format(
@@ -59,8 +62,8 @@ NVFP4 = Format(
     scale_dtype=torch.float8_e4m3fn,
     codes_per_byte=2,
     group_sizes=(16,),
-    has_global=True,
     encode=_encode,
-    decode=_decode,
+    decode=e2m1.decode_bytes,
     decode_scale=lambda s: s.to(torch.float32),
+    default_global=default_global_scale,
 )

@@ -13,7 +13,7 @@ from cutemoe.runtime import settings
 
 @dataclass(frozen=True)
 class Device:
-    """One place tensors live. `arch` is 10 * major + minor of the compute capability, 0 off CUDA."""
+    """Where tensors live. `arch` is 10 * major + minor of the compute capability, 0 off CUDA."""
 
     type: str
     index: int = 0
