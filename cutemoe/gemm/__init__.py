@@ -1,0 +1,1 @@
+"""Grouped GEMM: rows sorted by group times one weight matrix per group, weights in any format."""

@@ -1,0 +1,165 @@
+"""The public grouped GEMM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cutemoe.errors import invalid
+from cutemoe.formats import QuantizedTensor
+from cutemoe.gemm.plan import BACKENDS
+from cutemoe.gemm.prepare import PreparedGroupedGemm, prepare_grouped_gemm
+from cutemoe.gemm.problem import ACTIVATIONS, OUTPUTS, GemmProblem
+from cutemoe.gemm.tensors import GemmTensors
+from cutemoe.gemm.weight import PackedWeight
+from cutemoe.runtime import backend as back_ends
+from cutemoe.runtime.device import Device
+from cutemoe.runtime.op import Op, define
+
+__all__ = ["GROUPED_GEMM", "PreparedGroupedGemm", "grouped_gemm", "prepare_grouped_gemm"]
+
+Weights = QuantizedTensor | PreparedGroupedGemm | torch.Tensor
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    w: Weights,
+    group_offsets: torch.Tensor,
+    *,
+    x_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Multiplies the rows of every group by the transposed weights of that group.
+
+    out[r] = x_scale[r] * (x[r] @ w[g].T) with float32 sums and one rounding. R rows, G groups.
+
+    Args:
+        x: [R, Kdim] sorted by group; bf16, fp16, or float8_e4m3fn. Rows may have any stride.
+        w: [G, N, Kdim]: `prepare_grouped_gemm`'s result, a QuantizedTensor, or dense of x's dtype.
+        group_offsets: int32 [G+1] on the device of x, from 0 on, not decreasing; group g owns rows
+            group_offsets[g] to group_offsets[g+1]. Rows from group_offsets[G] on become zero.
+        x_scale: float32, [] or [R], for fp8 x; None is 1.
+        out: [R, N] to write to, of x's dtype; bf16 or fp16 for fp8 x.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        out; a new one of x's dtype, bf16 for fp8 x, where none was given.
+
+    Raises:
+        InvalidCall: a malformed argument; nothing was written.
+        Unsupported: no back end runs this here; the message has every reason.
+    """
+    t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
+    _grouped_gemm(
+        t.x,
+        t.offsets,
+        t.x_scale,
+        t.out,
+        t.w.data,
+        t.w.scale,
+        t.w.factor,
+        t.w.format,
+        t.w.layout,
+        t.w.group_size,
+        list(t.w.shape),
+        requested,
+    )
+    return t.out
+
+
+def _tensors(
+    x: Any, w: Any, group_offsets: Any, x_scale: Any, out: Any, backend: Any
+) -> tuple[GemmTensors, str]:
+    """The tensors of a public call and the back end it asks for."""
+    optional = (("x_scale", x_scale), ("out", out))
+    given = [("x", x), ("group_offsets", group_offsets)]
+    for name, t in given + [(name, t) for name, t in optional if t is not None]:
+        check_inference_tensor(name, t)
+    if not isinstance(backend, str):
+        raise invalid("backend", "a name", repr(backend))
+    if isinstance(w, PreparedGroupedGemm):
+        if ACTIVATIONS.get(x.dtype) != w.activations:
+            raise invalid("x", f"{w.activations}, the activations w was prepared for", x.dtype)
+        packed = w.weight
+        backend = w.backend if backend == "auto" else backend
+    else:
+        if isinstance(w, torch.Tensor):
+            check_inference_tensor("w", w)
+        packed = PackedWeight.of(w)
+        data = w if isinstance(w, torch.Tensor) else w.data
+        if not data.is_contiguous():
+            raise invalid("w", "contiguous weights", data.stride(), "prepare_grouped_gemm")
+    if out is None:
+        if x.ndim != 2:
+            raise invalid("x", f"shape [rows, {packed.shape[2]}]", list(x.shape))
+        dtype = x.dtype if x.dtype in OUTPUTS else torch.bfloat16
+        out = torch.empty(x.shape[0], packed.shape[1], dtype=dtype, device=x.device)
+    return GemmTensors(x, packed, group_offsets, x_scale, out), backend
+
+
+def check_inference_tensor(name: str, t: object) -> None:
+    """Raises InvalidCall unless t is a tensor that asks for no gradient."""
+    if not isinstance(t, torch.Tensor):
+        raise invalid(name, "a torch.Tensor", type(t).__name__)
+    if t.requires_grad and torch.is_grad_enabled():
+        fix = "wrap the call in torch.no_grad()"
+        raise invalid(name, "no gradient: there is no backward", "requires_grad=True", fix)
+
+
+def _call(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    out: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    format: str,
+    layout: str,
+    group_size: int | None,
+    shape: list[int],
+) -> tuple[GemmProblem, GemmTensors]:
+    groups, n, k = shape
+    w = PackedWeight(data, scale, factor, format, layout, group_size, (groups, n, k))
+    t = GemmTensors(x, w, offsets, x_scale, out)
+    return GemmProblem.of(t), t
+
+
+def _run(*args: Any) -> None:
+    *call, backend = args
+    problem, t = _call(*call)
+    device = Device.of(t.x.device)
+    chosen = back_ends.choose("grouped_gemm", BACKENDS, problem, device, backend)
+    if problem.rows:
+        chosen.load()(problem, chosen.config(problem, device), t)
+
+
+def _fake(*args: Any) -> None:
+    _call(*args[:-1])
+
+
+_grouped_gemm = define(
+    "grouped_gemm(Tensor x, Tensor offsets, Tensor? x_scale, Tensor(a!) out, Tensor data, "
+    "Tensor? scale, Tensor? factor, str format, str layout, int? group_size, SymInt[] shape, "
+    "str backend) -> ()",
+    _run,
+    _fake,
+)
+
+
+def _describe(
+    x: torch.Tensor,
+    w: Weights,
+    group_offsets: torch.Tensor,
+    *,
+    x_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[GemmProblem, torch.device, str]:
+    t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
+    return GemmProblem.of(t), t.x.device, requested
+
+
+GROUPED_GEMM = Op("grouped_gemm", BACKENDS, _describe)

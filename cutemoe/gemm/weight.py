@@ -1,0 +1,126 @@
+"""PackedWeight: the weights of G groups where a kernel wants their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from cutemoe.errors import invalid
+from cutemoe.formats import FORMATS, QuantizedTensor
+
+DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+LAYOUTS = ("rows",)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Weights [G, N, Kdim] of G groups: value = code * scale * factor.
+
+    Attributes:
+        data: codes; in layout "rows" the bytes of the checkpoint, uint8 [G, N, Kdim/2] for the
+            4-bit formats, float8_e4m3fn [G, N, Kdim] for fp8, and the values if dense.
+        scale: block scales; in layout "rows" [G, N, Kdim/group_size] (mxfp4 uint8, nvfp4
+            float8_e4m3fn, int4 bfloat16), fp8 float32 [G, N]; None if dense.
+        factor: float32 [G], multiplies the accumulator; None is 1.
+        format: "bf16", "fp16" (dense), "mxfp4", "nvfp4", "int4" or "fp8".
+        layout: where the bytes sit; "rows" is row-major as in the checkpoint.
+        group_size: values of the last dimension that share a scale; None if dense or fp8.
+        shape: (G, N, Kdim) of the values.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    factor: torch.Tensor | None
+    format: str
+    layout: str
+    group_size: int | None
+    shape: tuple[int, int, int]
+
+    @staticmethod
+    def of(
+        w: QuantizedTensor | torch.Tensor,
+        *,
+        device: torch.device | str | None = None,
+        layout: str = "rows",
+        argument: str = "w",
+    ) -> PackedWeight:
+        """Packs w [G, N, Kdim]; shares its memory where device and layout allow.
+
+        Raises:
+            InvalidCall: names `argument` where w is no such tensor.
+        """
+        if layout not in LAYOUTS:
+            raise invalid("layout", f"one of {LAYOUTS}", repr(layout))
+        if not isinstance(w, (QuantizedTensor, torch.Tensor)):
+            raise invalid(argument, "a QuantizedTensor or a torch.Tensor", type(w).__name__)
+        if w.ndim != 3 or 0 in w.shape:
+            raise invalid(argument, "shape [groups, N, K], none of them 0", list(w.shape))
+        shape = (w.shape[0], w.shape[1], w.shape[2])
+        if isinstance(w, QuantizedTensor):
+            return _pack_rows(w, shape, device, argument)
+        if w.dtype not in DENSE:
+            fix = "w.to(torch.bfloat16), or cutemoe.quantize"
+            raise invalid(argument, "bfloat16 or float16 values", w.dtype, fix)
+        data = w.detach().to(device or w.device).contiguous()
+        return PackedWeight(data, None, None, DENSE[w.dtype], layout, None, shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all parts."""
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts together."""
+        return sum(t.nbytes for t in (self.data, self.scale, self.factor) if t is not None)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same bytes on another device."""
+        scale = None if self.scale is None else self.scale.to(device)
+        factor = None if self.factor is None else self.factor.to(device)
+        return replace(self, data=self.data.to(device), scale=scale, factor=factor)
+
+    def unpack(self) -> QuantizedTensor | torch.Tensor:
+        """The weights as given to `of`, scales of whole tensors expanded to its groups."""
+        if self.scale is None:
+            return self.data
+        return QuantizedTensor(
+            self.data, self.scale, self.factor, format=self.format, group_size=self.group_size
+        )
+
+    def select(
+        self, group: int, rows: slice = slice(None), dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Values [rows, Kdim] of one group without `factor`, in float32 or float64."""
+        if self.scale is None:
+            return self.data[group, rows].to(dtype)
+        data, scale = self.data[group, rows], self.scale[group, rows]
+        q = QuantizedTensor(data, scale, format=self.format, group_size=self.group_size)
+        return q.dequantize(dtype)
+
+
+def _pack_rows(
+    w: QuantizedTensor,
+    shape: tuple[int, int, int],
+    device: torch.device | str | None,
+    argument: str,
+) -> PackedWeight:
+    groups, n, _ = shape
+    scale, factor = w.scale, w.global_scale
+    if not FORMATS[w.format].group_sizes:
+        scale = scale.reshape(scale.shape + (1,) * (2 - scale.ndim)).expand(groups, n)
+    if factor is not None:
+        if factor.ndim > 1:
+            raise invalid(f"{argument}.global_scale", f"shape [] or [{groups}]", list(factor.shape))
+        factor = factor.detach().expand(groups).contiguous()
+    packed = PackedWeight(
+        w.data.detach().contiguous(),
+        scale.detach().contiguous(),
+        factor,
+        w.format,
+        "rows",
+        w.group_size,
+        shape,
+    )
+    return packed if device is None else packed.to(device)

@@ -1,0 +1,177 @@
+"""Scratch memory of a MoE layer: named parts of one buffer, placed by a pure function of sizes.
+
+R = T * K routed rows. Sorted order means by local expert, then by slot number t * K + k; skipped
+slots come last, at or beyond expert_start[E].
+
+| part | dtype, shape | meaning |
+|---|---|---|
+| sorted_slots | int32 [R] | slot number of every sorted row |
+| expert_start | int32 [E+1] | first sorted row of every expert; the last is the number of live rows |
+| tiles | int32 [max_tiles, 2] | (expert, first sorted row) of every tile of rows |
+| tile_count | int32 [1] | how many of them are live |
+| xq, xq_scale | | FC1 input as codes: fp8 with row scales [T, H], float32 [T]; fp8 with static scales [R, H], float32 [R]; nvfp4 uint8 [R, H/2], e4m3 [R, H/16] |
+| mid | [R, I] | FC1 activation in sorted order: bf16 or fp16; float32 if it is quantised |
+| midq, midq_scale | | the same as codes: fp8 [R, I], float32 [R]; nvfp4 uint8 [R, I/2], e4m3 [R, I/16] |
+| y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from cutemoe.errors import invalid
+
+if TYPE_CHECKING:
+    from cutemoe.moe.prepare import PreparedMoE
+    from cutemoe.moe.problem import Problem
+
+ALIGNMENT = 256
+# a kernel may use tiles of this many rows or more
+MIN_TILE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor inside the buffer."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """This part of a uint8 buffer, as a tensor."""
+        size = prod(self.shape) * self.dtype.itemsize
+        return buffer[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parts by name, and the bytes of the whole."""
+
+    parts: dict[str, Part]
+    nbytes: int
+
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every part of a uint8 buffer by name."""
+        return {name: part.view(buffer) for name, part in self.parts.items()}
+
+
+def max_tiles(rows: int, experts: int) -> int:
+    """Most tiles of MIN_TILE_ROWS or more rows that `rows` rows on `experts` experts can need."""
+    return min(experts, rows) + rows // MIN_TILE_ROWS
+
+
+def layout(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    activations: str,
+    static_scale: bool,
+) -> Layout:
+    """Where every part sits. No part shrinks when tokens or top_k grow."""
+    rows = tokens * top_k
+    i32, f32, u8, e4m3 = torch.int32, torch.float32, torch.uint8, torch.float8_e4m3fn
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "sorted_slots": ((rows,), i32),
+        "expert_start": ((experts + 1,), i32),
+        "tiles": ((max_tiles(rows, experts), 2), i32),
+        "tile_count": ((1,), i32),
+    }
+    if activations == "fp8":
+        x_rows = rows if static_scale else tokens
+        wanted["xq"] = ((x_rows, hidden), e4m3)
+        wanted["xq_scale"] = ((x_rows,), f32)
+        wanted["mid"] = ((rows, intermediate), f32)
+        wanted["midq"] = ((rows, intermediate), e4m3)
+        wanted["midq_scale"] = ((rows,), f32)
+    elif activations == "nvfp4":
+        wanted["xq"] = ((rows, hidden // 2), u8)
+        wanted["xq_scale"] = ((rows, hidden // 16), e4m3)
+        wanted["mid"] = ((rows, intermediate), f32)
+        wanted["midq"] = ((rows, intermediate // 2), u8)
+        wanted["midq_scale"] = ((rows, intermediate // 16), e4m3)
+    else:
+        dtype = torch.bfloat16 if activations == "bf16" else torch.float16
+        wanted["mid"] = ((rows, intermediate), dtype)
+    wanted["y"] = ((rows, hidden), f32)
+    parts, offset = {}, 0
+    for name, (shape, dtype) in wanted.items():
+        parts[name] = Part(offset, shape, dtype)
+        size = prod(shape) * dtype.itemsize
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    return Layout(parts, offset)
+
+
+def layout_of(problem: Problem) -> Layout:
+    """Where every part sits for a call."""
+    return layout(
+        problem.tokens,
+        problem.top_k,
+        problem.experts,
+        problem.hidden,
+        problem.intermediate,
+        problem.activations,
+        problem.static_scale,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """Scratch memory for `fused_moe`: with it and `out`, a call allocates nothing.
+
+    Args:
+        buffer: uint8, one dimension, contiguous; its first element 256-byte aligned in its storage.
+
+    Raises:
+        InvalidCall: another kind of tensor.
+    """
+
+    buffer: torch.Tensor
+
+    def __post_init__(self) -> None:
+        b = self.buffer
+        if not isinstance(b, torch.Tensor) or b.dtype != torch.uint8 or b.ndim != 1:
+            raise invalid("buffer", "a uint8 tensor of rank 1", type(b).__name__)
+        if not b.is_contiguous() or b.storage_offset() % ALIGNMENT:
+            raise invalid("buffer", f"contiguous bytes, {ALIGNMENT}-byte aligned", b.stride())
+
+    @staticmethod
+    def for_moe(moe: PreparedMoE, max_tokens: int, top_k: int) -> Workspace:
+        """Scratch for calls of this layer with at most max_tokens tokens of at most top_k slots.
+
+        Raises:
+            InvalidCall: moe is no PreparedMoE, or a size is not a positive integer.
+        """
+        from cutemoe.moe.prepare import PreparedMoE
+
+        if not isinstance(moe, PreparedMoE):
+            raise invalid("moe", "a PreparedMoE", type(moe).__name__, "cutemoe.prepare_moe")
+        for name, size in (("max_tokens", max_tokens), ("top_k", top_k)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise invalid(name, "a positive integer", repr(size))
+        plan = layout(
+            max_tokens,
+            top_k,
+            moe.experts,
+            moe.hidden,
+            moe.intermediate,
+            moe.activations,
+            moe.input_scale1 is not None,
+        )
+        return Workspace(torch.empty(plan.nbytes, dtype=torch.uint8, device=moe.device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return self.buffer.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the buffer."""
+        return self.buffer.device

@@ -1,0 +1,102 @@
+"""Inputs whose every sum is a float32 number: results equal the float64 oracle bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import cutemoe
+from tests import strategies as draw
+from tests.close import assert_same
+from tests.gemm.cases import (
+    COMBINATIONS,
+    X,
+    call,
+    exact_x,
+    group_sizes,
+    naive,
+    offsets_of,
+    out_dtype,
+)
+from tests.moe.cases import assert_order_free, exact_weight, values
+
+SHARE = 0.3
+
+
+def check(target, format, kind, sizes, tail, seed, n=48, k=96, scale=None) -> None:
+    w = exact_weight(format, (len(sizes), n, k), seed)
+    offsets = offsets_of(sizes)
+    rows = sum(sizes) + tail
+    x = exact_x(rows, k, kind, seed + 3)
+    x_scale = None if scale is None else draw.powers_of_two((rows,) if scale else (), seed + 4)
+    for g in range(len(sizes)):
+        for row in x[offsets[g] : offsets[g + 1]]:
+            assert_order_free(row, values(w, torch.float64)[g])
+    want = naive(x, w, offsets, x_scale)
+    assert_same(call(target, x, w, offsets, x_scale), want.to(out_dtype(x)))
+
+
+@pytest.mark.parametrize(("format", "kind"), COMBINATIONS)
+def test_every_combination_of_formats(target, format, kind):
+    check(target, format, kind, [3, 0, 17, 1, 0], 2, 5)
+
+
+@pytest.mark.parametrize("scale", [0, 1], ids=["tensor", "rows"])
+@pytest.mark.parametrize("format", ["int4", "mxfp4", "fp8"])
+def test_scales_of_x(target, format, scale):
+    check(target, format, "fp8", [3, 0, 17, 1, 0], 2, 6, scale=scale)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (33, 32), (64, 64), (130, 288), (16, 544)])
+def test_widths_that_no_tile_divides(target, n, k):
+    check(target, "mxfp4", "bf16", [5, 18], 0, 7, n=n, k=k)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 7), (40, 50)])
+def test_dense_weights_of_any_width(target, n, k):
+    check(target, "bf16", "bf16", [5, 18], 1, 8, n=n, k=k)
+
+
+@pytest.mark.parametrize(("format", "kind"), [("mxfp4", "bf16"), ("int4", "fp8")])
+@settings(max_examples=draw.examples(SHARE))
+@given(sizes=group_sizes(), seed=draw.seeds())
+def test_any_groups(target, format, kind, sizes, seed):
+    check(target, format, kind, sizes, seed % 3, seed)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
+def test_one_hot_rows_return_every_weight(target, format, kind):
+    """All 16 codes under ordinary, non-trivial scales, rounded once to the output."""
+    n, k = 24, 64
+    w = cutemoe.quantize(
+        draw.normal((2, n, k), 9), format, group_size=32 if format == "int4" else None
+    )
+    x = torch.eye(k, dtype=X[kind])
+    got = call(target, torch.cat([x, x]), w, offsets_of([k, k]))
+    codes, over = w, None
+    if format == "nvfp4":
+        # the global scale multiplies the float32 sum
+        codes = cutemoe.QuantizedTensor(w.data, w.scale, format=format)
+        over = w.global_scale
+    want = codes.dequantize().transpose(1, 2).reshape(2 * k, n)
+    want = want if over is None else want * over
+    assert_same(got, want.to(x.dtype))
+
+
+def test_every_e8m0_scale_and_code(target):
+    """All finite scales whose values bf16 holds, by all 16 codes."""
+    scales = torch.arange(16, 240, dtype=torch.uint8)
+    data = torch.arange(16, dtype=torch.uint8) | (torch.arange(16, dtype=torch.uint8) << 4)
+    data = data.expand(1, len(scales), 16).contiguous()
+    w = cutemoe.QuantizedTensor(data, scales.view(1, -1, 1), format="mxfp4")
+    x = torch.eye(32, dtype=torch.bfloat16)
+    got = call(target, x, w, offsets_of([32]))
+    assert_same(got, w.dequantize()[0].T.bfloat16())
+
+
+def test_prepared_weights_give_the_same_bits(target):
+    w = exact_weight("nvfp4", (3, 48, 64), 1)
+    x, offsets = exact_x(9, 64, "bf16", 2), offsets_of([4, 0, 5])
+    p = cutemoe.prepare_grouped_gemm(w, device=target.device)
+    got = cutemoe.grouped_gemm(target.put(x), p, target.put(offsets), backend=target.backend).cpu()
+    assert_same(got, call(target, x, w, offsets))

@@ -1,0 +1,93 @@
+"""Inputs whose every sum is a float32 number: results equal the float64 oracle bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cutemoe
+from tests import strategies as draw
+from tests.close import assert_same
+from tests.moe.cases import (
+    COMBINATIONS,
+    EXACT,
+    SATURATED,
+    call,
+    exact_layer,
+    exact_x,
+    is_gated,
+    naive,
+)
+
+ids_of = "{}-{}".format
+
+
+@pytest.mark.parametrize("gate_up", ["gate_up", "up_gate", "interleaved"])
+@pytest.mark.parametrize(("format", "activations"), COMBINATIONS)
+def test_every_combination_of_formats(target, format, activations, gate_up):
+    layer = exact_layer(format, activations, gate_up=gate_up, seed=3)
+    r = draw.Routing(T=7, K=2, E=5, offset=0, pattern="skips", seed=11)
+    x, ids, weights = exact_x(7, layer, 5), r.ids(), r.weights(exact=True)
+    want = naive(layer, x, ids, weights, SATURATED, exact=True)
+    got = call(target, layer, x, ids, weights, activation=SATURATED)
+    assert_same(got, want.to(x.dtype))
+
+
+@pytest.mark.parametrize("activation", EXACT, ids=str)
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "plain"])
+def test_every_exact_activation(target, activation, biases):
+    layer = exact_layer("mxfp4", gated=is_gated(activation), biases=biases)
+    r = draw.Routing(T=9, K=3, E=5, offset=0, pattern="uniform", seed=1)
+    x, ids, weights = exact_x(9, layer, 7), r.ids(), r.weights(exact=True)
+    want = naive(layer, x, ids, weights, activation, exact=True)
+    got = call(target, layer, x, ids, weights, activation=activation)
+    assert_same(got, want.to(x.dtype))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_geglu_far_from_zero(target, approximate):
+    """Gates are multiples of 16, where gelu is the identity or zero in every precision."""
+    layer = exact_layer("int4", biases=False)
+    r = draw.Routing(T=6, K=2, E=5, offset=0, pattern="uniform", seed=2)
+    x, ids, weights = 64 * exact_x(6, layer, 7), r.ids(), r.weights(exact=True)
+    activation = cutemoe.GeGLU(approximate)
+    want = naive(layer, x, ids, weights, activation, exact=True)
+    got = call(target, layer, x, ids, weights, activation=activation)
+    assert_same(got, want.to(x.dtype))
+
+
+def test_parameters_of_each_expert(target):
+    layer = exact_layer("mxfp4")
+    activation = cutemoe.SwiGLU(
+        alpha=torch.tensor([4096.0, 8192.0, 4096.0, 16384.0, 4096.0]),
+        beta=torch.arange(5) / 4,
+        limit=torch.arange(3, 8).float(),
+    )
+    r = draw.Routing(T=9, K=2, E=5, offset=0, pattern="uniform", seed=4)
+    x, ids, weights = exact_x(9, layer, 7), r.ids(), r.weights(exact=True)
+    want = naive(layer, x, ids, weights, activation, exact=True)
+    assert_same(call(target, layer, x, ids, weights, activation=activation), want.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activations", ["fp8", "nvfp4"])
+def test_quantised_activations_take_both_dtypes(target, activations, dtype):
+    layer = exact_layer("nvfp4", activations)
+    r = draw.Routing(T=5, K=2, E=5, offset=0, pattern="uniform", seed=5)
+    x, ids, weights = exact_x(5, layer, 7).to(dtype), r.ids(), r.weights(exact=True)
+    want = naive(layer, x, ids, weights, SATURATED, exact=True)
+    got = call(target, layer, x, ids, weights, activation=SATURATED)
+    assert got.dtype == dtype
+    assert_same(got, want.to(dtype))
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "bf16"])
+@settings(max_examples=draw.examples(0.7))
+@given(r=draw.routings(), seed=draw.seeds(), wide=st.booleans())
+def test_any_routing(target, format, r, seed, wide):
+    layer = exact_layer(format, E=r.E, seed=seed % 1000)
+    x = exact_x(r.T, layer, seed)
+    ids, weights = r.ids(torch.int64 if wide else torch.int32), r.weights(exact=True)
+    want = naive(layer, x, ids, weights, SATURATED, offset=r.offset, exact=True)
+    got = call(target, layer, x, ids, weights, activation=SATURATED, expert_offset=r.offset)
+    assert_same(got, want.to(x.dtype))

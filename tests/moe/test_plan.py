@@ -1,0 +1,123 @@
+"""Refusals and configurations, as pure functions of a problem and a device."""
+
+from dataclasses import replace
+
+import pytest
+
+from cutemoe import registry
+from cutemoe.moe import plan
+from cutemoe.moe.problem import Problem
+from cutemoe.moe.routing import RouteProblem
+from cutemoe.moe.workspace import MIN_TILE_ROWS
+from cutemoe.runtime.backend import choose, explain
+from cutemoe.runtime.device import Device
+from tests.moe.cases import SUPPORTED
+
+H200 = Device("cuda", 0, "H200", 90, 132, 232448, True)
+A100 = Device("cuda", 0, "A100", 80, 108, 166912, True)
+V100 = Device("cuda", 0, "V100", 70, 80, 98304, True)
+BARE = Device("cuda", 0, "H200", 90, 132, 232448, False)
+GOOD = Problem(
+    tokens=16,
+    hidden=2880,
+    intermediate=2880,
+    experts=32,
+    top_k=4,
+    gated=True,
+    weight="mxfp4",
+    group_size=32,
+    layout="rows",
+    activations="bf16",
+    dtype="bf16",
+    gate_up="interleaved",
+    activation="swiglu",
+    per_expert_params=False,
+    has_limit=True,
+    has_b13=True,
+    has_b2=True,
+    static_scale=False,
+    ids="int32",
+    expert_offset=0,
+    deterministic=True,
+)
+ROUTE = RouteProblem(
+    tokens=16,
+    experts=128,
+    top_k=4,
+    method="softmax_topk",
+    renormalize=True,
+    has_bias=False,
+    n_group=1,
+    topk_group=1,
+    scale=1.0,
+    dtype="fp32",
+)
+TRITON = plan.BACKENDS[0]
+
+
+@pytest.mark.parametrize(("weight", "activations"), SUPPORTED)
+def test_triton_takes_what_is_promised(weight, activations):
+    problem = replace(GOOD, weight=weight, activations=activations)
+    assert TRITON.reason(problem, H200) is None
+    assert choose("fused_moe", plan.BACKENDS, problem, H200, "auto") is TRITON
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"weight": "fp8"}, "weights in one of"),
+        ({"weight": "bf16", "activations": "fp8"}, "bf16 weights take"),
+        ({"weight": "mxfp4", "activations": "nvfp4"}, "mxfp4 weights take"),
+        ({"layout": "tiles"}, "layout"),
+        ({"top_k": plan.MAX_TOP_K + 1}, "top_k <= 32, got 33"),
+        ({"experts": plan.MAX_EXPERTS + 1}, "experts <= 1024, got 1025"),
+        ({"tokens": 2**30}, "tokens * top_k <= "),
+    ],
+)
+def test_triton_says_why_not(changed, words):
+    problem = replace(GOOD, **changed)
+    assert words in (TRITON.reason(problem, H200) or "")
+    found = explain("fused_moe", plan.BACKENDS, problem, H200, "triton")
+    assert found.backend is None
+
+
+@pytest.mark.parametrize("device", [V100, BARE, Device("cpu", has_triton=True)], ids=str)
+def test_triton_is_unavailable(device):
+    assert TRITON.reason(GOOD, device)
+    assert plan.ROUTE_BACKENDS[0].reason(ROUTE, device)
+
+
+def test_fp8_needs_a_card_that_has_it():
+    problem = replace(GOOD, activations="fp8")
+    assert "sm_89" in (TRITON.reason(problem, A100) or "")
+    assert TRITON.reason(GOOD, A100) is None
+
+
+def test_the_reference_refuses_nothing_and_warns_on_a_gpu():
+    problem = replace(GOOD, weight="fp8")
+    assert plan.BACKENDS[-1].reason(problem, H200) is None
+    with pytest.warns(UserWarning, match="slow back end 'reference'.*triton: "):
+        chosen = choose("fused_moe", plan.BACKENDS, problem, H200, "auto")
+    assert chosen.name == "reference"
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 1024, 4096])
+@pytest.mark.parametrize(("weight", "activations"), SUPPORTED)
+def test_configurations_are_hashable_and_within_the_workspace(tokens, weight, activations):
+    problem = replace(GOOD, tokens=tokens, weight=weight, activations=activations)
+    config = TRITON.config(problem, H200)
+    assert hash(config) == hash(TRITON.config(problem, H200))
+    assert config.block_m >= MIN_TILE_ROWS
+
+
+@pytest.mark.parametrize("experts", [1, 7, 128, 1024])
+def test_every_routing_has_a_configuration(experts):
+    back_end = plan.ROUTE_BACKENDS[0]
+    problem = replace(ROUTE, experts=experts, top_k=1)
+    assert back_end.reason(problem, H200) is None
+    assert hash(back_end.config(problem, H200)) is not None
+
+
+def test_every_op_is_found():
+    for op in ("route", "fused_moe", "grouped_gemm"):
+        assert registry.backends(op)
