@@ -180,8 +180,8 @@ def quantize(
         x: floating point, any leading dimensions, K a multiple of the group size.
         format: "mxfp4" (groups of 32), "nvfp4" (16), "int4" (128, 64 or 32), "fp8" (rows).
         group_size: int4's choice; the others have one.
-        global_scale: nvfp4's multiplier, at least 2^-118: a number, or float32 [] or the first leading
-            dimensions; by default amax / (448 * 6) of the whole tensor.
+        global_scale: nvfp4's multiplier, at least 2^-118: a number, or float32 [] or the first
+            leading dimensions; by default amax / (448 * 6) of the whole tensor.
 
     Returns:
         QuantizedTensor of the shape of x. A block with a NaN or an infinity dequantises to NaN.
@@ -213,8 +213,8 @@ def quantize(
     ]
     data, scale = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     return QuantizedTensor(
-        data.view(*lead, data.shape[-1]),
-        scale.view(*lead, *scale.shape[1:]),
+        data.view((*lead, data.shape[-1])),
+        scale.view((*lead, *scale.shape[1:])),
         g,
         format=f.name,
         group_size=group,
