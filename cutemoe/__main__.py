@@ -1,0 +1,37 @@
+"""The command line: `cutemoe demo` and `cutemoe doctor`, also as `python -m cutemoe`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cutemoe import __version__
+
+COMMANDS = {
+    "demo": "run the layers of real models on every back end of this machine, checked and timed",
+    "doctor": "say what works on this machine, and why the rest does not",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every command."""
+    p = argparse.ArgumentParser(prog="cutemoe", description="Kernels for 4-bit MoE layers and GDN.")
+    p.add_argument("--version", action="version", version=f"cutemoe {__version__}")
+    commands = p.add_subparsers(dest="command", metavar="|".join(COMMANDS), required=True)
+    for name, text in COMMANDS.items():
+        c = commands.add_parser(name, help=text, description=text)
+        c.add_argument("--json", action="store_true", help="print one json object, no table")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, or 1 where something is wrong."""
+    args = parser().parse_args(argv)
+    command = importlib.import_module(f"cutemoe.commands.{args.command}")
+    return command.run(as_json=args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
