@@ -1,0 +1,131 @@
+"""Gated delta net layers of transformers: the one-token rule of each patched layer is gdn_decode.
+
+Decision: a patched layer gets its own copy of its class's `forward`, whose global name
+`torch_recurrent_gated_delta_rule` is bound to our rule. Only that layer changes, it needs no
+package besides transformers, and torch.compile traces it. Rejected:
+- assigning the name in the modelling module: changes every model of the process;
+- a kernel mapping of the `kernels` package: an optional dependency whose pins move with
+  transformers, and one mapping for the process again;
+- a `forward` of our own: a copy of transformers' code, to be kept in step with it.
+The prompt is not touched: transformers' chunked rule computes it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from cutemoe import gdn_decode
+
+RULE = "torch_recurrent_gated_delta_rule"
+_SAVED = "_cutemoe_forward"
+
+
+def gated_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    backend: str = "auto",
+    **ignored: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The recurrent gated delta rule with the signature of transformers and flash-linear-attention.
+
+    Args:
+        query, key: [B, T, Hv, Dk]; transformers repeats them to the value heads.
+        value: [B, T, Hv, Dv].
+        g: [B, T, Hv] log decay. beta: [B, T, Hv].
+        initial_state: [B, Hv, Dk, Dv]; None is zeros.
+        output_final_state: whether the state after the last token is wanted. If so,
+            `initial_state` itself is updated and returned: the layer's cache copies nothing.
+        use_qk_l2norm_in_kernel: normalise query and key.
+        backend: as in `cutemoe.gdn_decode`.
+        ignored: what transformers passes to kernels that read it.
+
+    Returns:
+        The output [B, T, Hv, Dv] in value's dtype, and the state or None.
+    """
+    if initial_state is None:
+        batch, _, heads, dim = value.shape
+        initial_state = value.new_zeros((batch, heads, key.shape[-1], dim), dtype=torch.float32)
+    out = gdn_decode(
+        query,
+        key,
+        value,
+        state=initial_state,
+        g=g.to(torch.float32),
+        beta=beta.to(torch.float32),
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        update_state=output_final_state,
+        state_layout="kv",
+        backend=backend,
+    )
+    return out, initial_state if output_final_state else None
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of a model whose class's forward calls the recurrent rule, with their names."""
+    return [(name, m) for name, m in model.named_modules() if _calls_rule(type(m).forward)]
+
+
+def patch_layer(layer: nn.Module, backend: str) -> None:
+    """Lets one layer decode with cutemoe; a second call only changes the back end."""
+    unpatch_layer(layer)
+    # accelerate calls what it finds in _old_forward, with the hooks of the layer around it
+    slot = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
+    rule = gated_delta_rule if backend == "auto" else partial(gated_delta_rule, backend=backend)
+    forward = types.MethodType(_rebound(type(layer).forward, rule), layer)
+    layer.__dict__[_SAVED] = (slot, layer.__dict__.get(slot))
+    layer.__dict__[slot] = forward
+
+
+def unpatch_layer(layer: nn.Module) -> None:
+    """Gives one layer its own forward back; nothing happens where it has it."""
+    if not is_patched(layer):
+        return
+    slot, forward = layer.__dict__.pop(_SAVED)
+    if forward is not None:
+        layer.__dict__[slot] = forward
+    else:
+        layer.__dict__.pop(slot, None)
+
+
+def is_patched(layer: nn.Module) -> bool:
+    """Whether a layer decodes with cutemoe."""
+    return _SAVED in layer.__dict__
+
+
+def _calls_rule(function: Callable[..., Any]) -> bool:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and RULE in code.co_names
+
+
+def _rebound(function: Any, rule: Callable[..., Any]) -> types.FunctionType:
+    """A copy of a function, and of the functions it wraps, that finds `rule` under RULE."""
+    inner = getattr(function, "__wrapped__", None)
+    if inner is None:
+        # without __name__ torch.compile reads this dictionary, not the module of that name
+        names = {k: v for k, v in function.__globals__.items() if k != "__name__"} | {RULE: rule}
+        return _copy(function, names, function.__closure__)
+    copied = _rebound(inner, rule)
+    cells = function.__closure__ or ()
+    cells = tuple(types.CellType(copied) if c.cell_contents is inner else c for c in cells)
+    return _copy(function, function.__globals__, cells)
+
+
+def _copy(function: Any, names: dict[str, Any], cells: Any) -> types.FunctionType:
+    code, defaults = function.__code__, function.__defaults__
+    copy = types.FunctionType(code, names, function.__name__, defaults, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__module__ = function.__module__
+    return copy
