@@ -47,14 +47,14 @@ def test_every_name_loads_no_compiler_either(tmp_path):
 
 
 def test_it_takes_milliseconds_beyond_torch(tmp_path):
-    """CPU time, the least of five: what other processes of a busy machine take does not count."""
+    """CPU time, the least of three: what other processes of a busy machine take does not count."""
     code = (
         "import torch, time\n"
         "start = time.process_time()\n"
         "import cutemoe\n"
         "print(1e3 * (time.process_time() - start))"
     )
-    assert min(float(in_fresh_process(code, tmp_path)) for _ in range(5)) <= LIMIT_MS
+    assert min(float(in_fresh_process(code, tmp_path)) for _ in range(3)) <= LIMIT_MS
 
 
 @pytest.mark.parametrize("name", cutemoe.__all__)

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import importlib
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -53,15 +52,25 @@ def gpus() -> list[Any]:
 
 
 def c_compiler() -> str | None:
-    """The C compiler Triton would call, or None."""
-    if cc := os.environ.get("CC"):
-        return shutil.which(cc)
-    return next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), None)
+    """What Triton would build its launcher with, or None: CC, gcc, clang, or a function set for it.
+
+    CC is one word for Triton, a path or a name; "python -m something" is not found.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        build = importlib.import_module("triton").knobs.build
+        if build.impl is not None:
+            return "triton.knobs.build.impl"
+        if build.cc:
+            return shutil.which(build.cc)
+    return shutil.which("gcc") or shutil.which("clang")
 
 
 def python_header() -> bool:
-    """Whether Python.h is installed, which every C extension includes."""
-    return (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    """Whether Python.h is installed where Triton's build looks for it."""
+    scheme = sysconfig.get_default_scheme()
+    # Debian's scheme names a local folder; the headers are in the usual one
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    return (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists()
 
 
 def dsl_flavour() -> str:

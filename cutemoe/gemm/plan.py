@@ -21,7 +21,7 @@ MAX_ROWS = 2**31 - 1
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tiles of the Triton back end: rows, outputs, K step, warps, pipeline stages."""
+    """Tile of the Triton kernel: rows, rows of w, K step of dense weights, warps, stages."""
 
     block_m: int
     block_n: int
@@ -30,10 +30,32 @@ class GemmConfig:
     stages: int
 
 
+def packed_layout(activations: str) -> str:
+    """The packed layout of 4-bit weights for these activations.
+
+    Quantised activations are exact in bf16, and bf16 holds every scaled weight.
+    """
+    return "sm80_w4_fp16" if activations == "fp16" else "sm80_w4_bf16"
+
+
+def weight_layout(activations: str, backend: str, device: Device) -> str:
+    """The layout of weights for the back end that will run them: packed for Triton."""
+    willing = triton_unavailable(device) is None and (backend == "triton" or device.type == "cuda")
+    return packed_layout(activations) if willing and backend != "reference" else "rows"
+
+
+def refuse_layout(layout: str, activations: str) -> str | None:
+    """Why the Triton kernels do not run this layout with these activations, or None."""
+    known = ("rows", packed_layout(activations))
+    if layout not in known:
+        return f"weights in layout {' or '.join(known)}, got {layout!r}"
+    return None
+
+
 def refuse_triton(problem: GemmProblem, device: Device) -> str | None:
     """Why the Triton kernel does not run this problem, or None."""
-    if problem.layout != "rows":
-        return f"weights in layout 'rows', got {problem.layout!r}"
+    if (why := refuse_layout(problem.layout, problem.activations)) is not None:
+        return why
     known = TRITON_WEIGHTS.get(problem.weight)
     if known is None:
         return f"weights in one of {', '.join(TRITON_WEIGHTS)}, got {problem.weight}"
@@ -43,16 +65,23 @@ def refuse_triton(problem: GemmProblem, device: Device) -> str | None:
         return f"groups <= {MAX_GROUPS}, got {problem.groups}"
     if problem.rows > MAX_ROWS:
         return f"rows <= {MAX_ROWS}, got {problem.rows}"
-    if problem.activations == "fp8" and device.type == "cuda" and device.arch < 89:
-        return f"fp8 x needs sm_89 or newer, got sm_{device.arch}"
     return None
 
 
 def configure_triton(problem: GemmProblem, device: Device) -> GemmConfig:
-    """Tiles for the Triton kernel: a row tile near the mean rows of a group."""
-    mean = -(-problem.rows // problem.groups)
-    block_m = next((b for b in (16, 32, 64) if b >= mean), 128)
-    return GemmConfig(block_m, 64, 128, 4, 3)
+    """Tile for the Triton kernel, from the rows that a group can expect."""
+    return choose_tile(problem.rows, problem.groups, problem.weight, problem.layout, device)
+
+
+def choose_tile(rows: int, groups: int, weight: str, layout: str, device: Device) -> GemmConfig:
+    """Tile for `rows` rows that fall on `groups` groups at random."""
+    mean = rows / groups
+    block_m = next((m for m, most in ((8, 3), (16, 10), (32, 24), (64, 64)) if mean <= most), 128)
+    if layout == "rows" and weight in ("mxfp4", "nvfp4", "int4"):
+        return GemmConfig(max(16, min(block_m, 64)), 64, 32, 4, 3)
+    if weight in ("bf16", "fp16"):
+        return GemmConfig(max(16, block_m), 128, 64, 4 if block_m < 128 else 8, 3)
+    return GemmConfig(block_m, 128, 128, 4 if block_m <= 32 else 8, 4 if block_m == 16 else 3)
 
 
 BACKENDS = (

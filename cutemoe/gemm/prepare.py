@@ -8,10 +8,11 @@ import torch
 
 from cutemoe.errors import invalid
 from cutemoe.formats import QuantizedTensor, broken_scales
-from cutemoe.gemm.plan import BACKENDS
+from cutemoe.gemm.plan import BACKENDS, weight_layout
 from cutemoe.gemm.problem import ACTIVATIONS
 from cutemoe.gemm.weight import DENSE, PackedWeight
 from cutemoe.runtime.backend import Backend
+from cutemoe.runtime.device import Device
 
 NAMES = tuple(ACTIVATIONS.values())
 
@@ -74,21 +75,28 @@ def prepare_grouped_gemm(
     """
     if activations not in NAMES:
         raise invalid("activations", f"one of {NAMES}", repr(activations))
-    packed = pack_checked(w, "w", device)
-    check_dense(packed, activations)
     check_backend(backend, BACKENDS)
+    packed = pack_checked(w, "w", activations, check_device(device), backend)
+    check_dense(packed, activations)
     return PreparedGroupedGemm(packed, activations, backend)
 
 
 def pack_checked(
-    w: QuantizedTensor | torch.Tensor, argument: str, device: torch.device | str | None
+    w: QuantizedTensor | torch.Tensor,
+    argument: str,
+    activations: str,
+    device: torch.device | None,
+    backend: str,
 ) -> PackedWeight:
-    """PackedWeight.of, after a look at the values of the scales."""
+    """PackedWeight.of for the back end to come, after a look at the values of the scales."""
     if isinstance(w, QuantizedTensor) and w.device.type != "meta":
         why = broken_scales(w)
         if why is not None:
             raise invalid(argument, "scales that are finite and not negative", why)
-    return PackedWeight.of(w, device=check_device(device), argument=argument)
+    layout = "rows"
+    if isinstance(w, (QuantizedTensor, torch.Tensor)):
+        layout = weight_layout(activations, backend, Device.of(device or w.device))
+    return PackedWeight.of(w, device=device, layout=layout, argument=argument)
 
 
 def check_dense(packed: PackedWeight, activations: str) -> None:

@@ -42,7 +42,7 @@ def grouped_gemm_reference(
 
 def multiply(x: torch.Tensor, w: PackedWeight, group: int) -> torch.Tensor:
     """x [rows, Kdim] times the transposed weights of a group -> [rows, N], in the dtype of x."""
-    n = w.shape[1]
-    blocks = [slice(i, i + BLOCK) for i in range(0, n, BLOCK)]
-    y = torch.cat([x @ w.select(group, rows, x.dtype).T for rows in blocks], dim=1)
-    return y if w.factor is None else y * w.factor[group]
+    w = w.group(group)
+    blocks = [slice(i, i + BLOCK) for i in range(0, w.shape[1], BLOCK)]
+    y = torch.cat([x @ w.values(rows, x.dtype).T for rows in blocks], dim=1)
+    return y if w.factor is None else y * w.factor

@@ -8,9 +8,12 @@ import torch
 
 from cutemoe.errors import invalid
 from cutemoe.formats import FORMATS, QuantizedTensor
+from cutemoe.layouts import sm80_w4
 
 DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-LAYOUTS = ("rows",)
+# layout -> type of the tensor core operands it is made for
+PACKED = {"sm80_w4_bf16": "bf16", "sm80_w4_fp16": "fp16"}
+LAYOUTS = ("rows", *PACKED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +27,8 @@ class PackedWeight:
             float8_e4m3fn, int4 bfloat16), fp8 float32 [G, N]; None if dense.
         factor: float32 [G], multiplies the accumulator; None is 1.
         format: "bf16", "fp16" (dense), "mxfp4", "nvfp4", "int4" or "fp8".
-        layout: where the bytes sit; "rows" is row-major as in the checkpoint.
+        layout: where the bytes sit: "rows", row-major as in the checkpoint, or "sm80_w4_bf16" or
+            "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py), whose data, scale and factor differ.
         group_size: values of the last dimension that share a scale; None if dense or fp8.
         shape: (G, N, Kdim) of the values.
     """
@@ -47,6 +51,8 @@ class PackedWeight:
     ) -> PackedWeight:
         """Packs w [G, N, Kdim]; shares its memory where device and layout allow.
 
+        Weights that a packed layout cannot hold exactly stay in "rows".
+
         Raises:
             InvalidCall: names `argument` where w is no such tensor.
         """
@@ -58,12 +64,13 @@ class PackedWeight:
             raise invalid(argument, "shape [groups, N, K], none of them 0", list(w.shape))
         shape = (w.shape[0], w.shape[1], w.shape[2])
         if isinstance(w, QuantizedTensor):
-            return _pack_rows(w, shape, device, argument)
+            rows = _pack_rows(w, shape, device, argument)
+            return rows if layout == "rows" else _pack_sm80(rows, layout)
         if w.dtype not in DENSE:
             fix = "w.to(torch.bfloat16), or cutemoe.quantize"
             raise invalid(argument, "bfloat16 or float16 values", w.dtype, fix)
         data = w.detach().to(device or w.device).contiguous()
-        return PackedWeight(data, None, None, DENSE[w.dtype], layout, None, shape)
+        return PackedWeight(data, None, None, DENSE[w.dtype], "rows", None, shape)
 
     @property
     def device(self) -> torch.device:
@@ -85,19 +92,55 @@ class PackedWeight:
         """The weights as given to `of`, scales of whole tensors expanded to its groups."""
         if self.scale is None:
             return self.data
-        return QuantizedTensor(
-            self.data, self.scale, self.factor, format=self.format, group_size=self.group_size
+        if self.layout == "rows":
+            return QuantizedTensor(
+                self.data, self.scale, self.factor, format=self.format, group_size=self.group_size
+            )
+        return sm80_w4.unpack(
+            self.data,
+            self.scale,
+            self.factor,
+            format=self.format,
+            group_size=self.group_size or 0,
+            n=self.shape[1],
+            k=self.shape[2],
+            compute=PACKED[self.layout],
         )
 
-    def select(
-        self, group: int, rows: slice = slice(None), dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
-        """Values [rows, Kdim] of one group without `factor`, in float32 or float64."""
+    def in_rows(self) -> PackedWeight:
+        """The same weights in layout "rows"."""
+        return self if self.layout == "rows" else PackedWeight.of(self.unpack())
+
+    def group(self, index: int) -> PackedWeight:
+        """The weights of one group in layout "rows", with shape (1, N, Kdim)."""
+        one = slice(index, index + 1)
+        part = replace(
+            self,
+            data=self.data[one],
+            scale=None if self.scale is None else self.scale[one],
+            factor=None if self.factor is None else self.factor[one],
+            shape=(1, *self.shape[1:]),
+        )
+        return part.in_rows()
+
+    def values(self, rows: slice, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Values [rows, Kdim] of the only group, in layout "rows", without `factor`."""
         if self.scale is None:
-            return self.data[group, rows].to(dtype)
-        data, scale = self.data[group, rows], self.scale[group, rows]
+            return self.data[0, rows].to(dtype)
+        data, scale = self.data[0, rows], self.scale[0, rows]
         q = QuantizedTensor(data, scale, format=self.format, group_size=self.group_size)
         return q.dequantize(dtype)
+
+
+def _pack_sm80(w: PackedWeight, layout: str) -> PackedWeight:
+    """Weights in rows -> packed, or as they are where the layout refuses them."""
+    q = w.unpack()
+    if not isinstance(q, QuantizedTensor) or q.device.type == "meta":
+        return w
+    if sm80_w4.refuse(q, PACKED[layout]) is not None:
+        return w
+    data, scale, factor = sm80_w4.pack(q, PACKED[layout])
+    return replace(w, data=data, scale=scale, factor=factor, layout=layout)
 
 
 def _pack_rows(

@@ -15,10 +15,9 @@ Importing this module also registers the experts implementation "cutemoe", so
 call. Router, shared experts, attention and the prompt of gated delta nets stay transformers'.
 Inference only, bfloat16 or float16.
 
-Saving: dense models save as ever. A quantized one saves a checkpoint with packed experts, named as
-in gpt-oss; where this module is imported, `from_pretrained` loads it, and `hf.load` also loads
-gpt-oss's own checkpoints. In a state dict the packed weights are
-`experts.cutemoe_packed.<weight>_blocks` and `_scales`.
+Saving: dense models save as ever. `save_pretrained` of a quantized model writes its packed experts,
+which are `experts.cutemoe_packed.<weight>_blocks` and `_scales` in a state dict. Where this module
+is imported, `from_pretrained` loads such a checkpoint; `hf.load` also loads gpt-oss's own.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from transformers import PreTrainedModel
 from cutemoe.errors import invalid
 from cutemoe.integrations import hf_experts, hf_gdn
 
-MINIMUM = (5, 17)
 __all__ = [
     "FORMATS",
     "IMPLEMENTATION",
@@ -52,26 +50,27 @@ __all__ = [
     "quantize_experts_",
     "unpatch",
 ]
-FORMATS = ("mxfp4", "nvfp4", "int4")
-_BEFORE = "_cutemoe_experts_before"
-
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def _check_version(version: str) -> None:
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < MINIMUM:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (5, 17):
         raise ImportError(
-            f"cutemoe.integrations.hf needs transformers {'.'.join(map(str, MINIMUM))} or newer, "
-            f"got {version}: pip install --upgrade 'cutemoe[hf]'"
+            f"cutemoe.integrations.hf needs transformers 5.17 or newer, got {version}: "
+            "pip install --upgrade 'cutemoe[hf]'"
         )
 
 
 _check_version(transformers.__version__)
-# what these import exists from the version above on
+# older versions lack what these import
 from transformers.integrations.moe import ExpertsInterface  # noqa: E402
 
 from cutemoe.integrations import hf_checkpoint  # noqa: E402
 from cutemoe.integrations.hf_checkpoint import IMPLEMENTATION, load  # noqa: E402
+
+FORMATS = ("mxfp4", "nvfp4", "int4")
+_BEFORE = "_cutemoe_experts_before"
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 ExpertsInterface.register(IMPLEMENTATION, hf_experts.experts_forward)
 
@@ -79,11 +78,13 @@ ExpertsInterface.register(IMPLEMENTATION, hf_experts.experts_forward)
 def patch(model: Model, *, experts: bool = True, gdn: bool = True, backend: str = "auto") -> Model:
     """Lets a model's experts and gated delta nets run on cutemoe, in place, and only that model's.
 
-    Dense experts run on the model's own parameters. Where the layer stores them transposed
-    (gpt-oss), they are laid out once in the order cutemoe reads, one layer at a time; shapes and
-    values stay, and so does the memory taken. Experts quantized with `quantize_experts_` run as
-    they are. Gated delta nets decode with `cutemoe.gdn_decode`, which updates the states of the
-    model's cache in place; their prompts stay transformers'.
+    Dense experts run on the model's own parameters, as they are at each call. Where the layer
+    stores them transposed (gpt-oss), they are laid out once in the order cutemoe reads, one layer
+    at a time; shapes and values stay, and so does the memory taken. Experts quantized with
+    `quantize_experts_` run as they are. Gated delta nets decode with `cutemoe.gdn_decode`, which
+    updates the states of the model's cache in place; their prompts stay transformers'.
+    transformers keeps the experts implementation in `model.config`: models that share one
+    configuration object share it too.
 
     Args:
         model: a transformers model in bfloat16 or float16.
@@ -99,6 +100,8 @@ def patch(model: Model, *, experts: bool = True, gdn: bool = True, backend: str 
         Unsupported: a layer computes what cutemoe does not; the message names it.
     """
     _check_model(model)
+    if not experts and not gdn:
+        raise invalid("gdn", "True where experts is False", gdn)
     moe = hf_experts.layers(model) if experts else []
     nets = hf_gdn.layers(model) if gdn else []
     if not moe and not nets:
@@ -133,7 +136,7 @@ def unpatch(model: Model) -> Model:
 
 @contextlib.contextmanager
 def patched(model: Model, **options: Any) -> Iterator[Model]:
-    """`patch(model, **options)` for the length of a with statement."""
+    """`patch(model, **options)` for the length of a with statement, and `unpatch` at its end."""
     patch(model, **options)
     try:
         yield model
@@ -160,6 +163,7 @@ def quantize_experts_(
 
     Returns:
         The model, whose experts now run on cutemoe. `patch` adds the gated delta nets.
+        `save_pretrained` and the state dict hold the packed weights.
 
     Raises:
         InvalidCall: a model without experts or with quantized ones, an unknown format, or weights

@@ -8,6 +8,7 @@ written where they were read.
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def mark(
 ) -> None:
     """Lets save_pretrained write the packed experts of a model as a checkpoint."""
     config = ExpertsConfig(form, group_size, activations)
-    model.hf_quantizer = ExpertsQuantizer(config)
+    model.hf_quantizer = ExpertsQuantizer(config)  # type: ignore[reportArgumentType]
     model.config.quantization_config = config
 
 
@@ -130,7 +131,7 @@ def unmark(model: PreTrainedModel) -> None:
         quantizer.remove_quantization_config(model)
 
 
-def load(path: str, **options: Any) -> Any:
+def load(path: str | PathLike[str], **options: Any) -> Any:
     """Loads a checkpoint whose experts stay packed: one of gpt-oss, or one saved after quantizing.
 
     Args:

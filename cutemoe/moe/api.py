@@ -8,17 +8,15 @@ import torch
 
 from cutemoe.errors import invalid
 from cutemoe.gemm.api import check_inference_tensor
-from cutemoe.gemm.weight import PackedWeight
+from cutemoe.moe import operator
 from cutemoe.moe.activation import Activation, SwiGLU, kind
 from cutemoe.moe.plan import BACKENDS, ROUTE_BACKENDS
 from cutemoe.moe.prepare import PreparedMoE, prepare_moe
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
-from cutemoe.moe.tensors import MoETensors, RouteTensors
+from cutemoe.moe.tensors import MoETensors
 from cutemoe.moe.workspace import Workspace
-from cutemoe.runtime import backend as back_ends
-from cutemoe.runtime.device import Device
-from cutemoe.runtime.op import Op, define
+from cutemoe.runtime.op import Op
 
 __all__ = ["FUSED_MOE", "ROUTE", "fused_moe", "prepare_moe", "route"]
 
@@ -63,7 +61,7 @@ def route(
         Unsupported: no back end runs this here; the message has every reason.
     """
     _check_route(logits, top_k, method, renormalize, bias, n_group, topk_group, scale, backend)
-    return _route(
+    return operator.route(
         logits, bias, top_k, method, renormalize, n_group, topk_group, float(scale), backend
     )
 
@@ -99,55 +97,6 @@ def _check_type(name: str, value: object, wanted: type, expected: str) -> None:
         raise invalid(name, expected, repr(value))
 
 
-def _route_call(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    top_k: int,
-    method: str,
-    renormalize: bool,
-    n_group: int | None,
-    topk_group: int | None,
-    scale: float,
-) -> tuple[RouteProblem, RouteTensors]:
-    problem = RouteProblem.of(
-        logits,
-        bias,
-        top_k=top_k,
-        method=method,
-        renormalize=renormalize,
-        n_group=n_group,
-        topk_group=topk_group,
-        scale=scale,
-    )
-    shape = (problem.tokens, top_k)
-    ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    return problem, RouteTensors(logits, bias, ids, weights)
-
-
-def _run_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *call, backend = args
-    problem, t = _route_call(*call)
-    device = Device.of(t.logits.device)
-    chosen = back_ends.choose("route", ROUTE_BACKENDS, problem, device, backend)
-    if problem.tokens:
-        chosen.load()(problem, chosen.config(problem, device), t)
-    return t.ids, t.weights
-
-
-def _fake_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    _, t = _route_call(*args[:-1])
-    return t.ids, t.weights
-
-
-_route = define(
-    "route(Tensor logits, Tensor? bias, int top_k, str method, bool renormalize, int? n_group, "
-    "int? topk_group, float scale, str backend) -> (Tensor, Tensor)",
-    _run_route,
-    _fake_route,
-)
-
-
 def _describe_route(
     logits: torch.Tensor,
     top_k: int,
@@ -161,7 +110,7 @@ def _describe_route(
     backend: str = "auto",
 ) -> tuple[RouteProblem, torch.device, str]:
     _check_route(logits, top_k, method, renormalize, bias, n_group, topk_group, scale, backend)
-    problem, _ = _route_call(
+    problem, _ = operator.route_call(
         logits, bias, top_k, method, renormalize, n_group, topk_group, float(scale)
     )
     return problem, logits.device, backend
@@ -212,27 +161,8 @@ def fused_moe(
     """
     _check_options(expert_offset, deterministic, backend)
     t, requested = _tensors(x, moe, ids, weights, activation, out, workspace, backend)
-    _fused_moe(
-        t.x,
-        t.ids,
-        t.weights,
-        t.out,
-        t.workspace,
-        _parts(t),
-        [*moe.w13.shape, moe.intermediate],
-        moe.w13.format,
-        moe.w13.layout,
-        moe.w13.group_size,
-        None if isinstance(t.alpha, torch.Tensor) else t.alpha,
-        None if isinstance(t.beta, torch.Tensor) else t.beta,
-        None if isinstance(t.limit, torch.Tensor) else t.limit,
-        moe.activations,
-        moe.gate_up,
-        kind(activation),
-        expert_offset,
-        deterministic,
-        requested,
-    )
+    flat = operator.operands(t, moe)
+    operator.fused_moe(*flat, kind(activation), expert_offset, deterministic, requested)
     return t.out
 
 
@@ -286,90 +216,6 @@ def _tensors(
         workspace=None if workspace is None else workspace.buffer,
     )
     return t, moe.backend if backend == "auto" else backend
-
-
-def _parts(t: MoETensors) -> list[torch.Tensor | None]:
-    """The optional tensors of the operator, in the order `_call` takes them apart."""
-    params = [p if isinstance(p, torch.Tensor) else None for p in (t.alpha, t.beta, t.limit)]
-    weights = [p for w in (t.w13, t.w2) for p in (w.data, w.scale, w.factor)]
-    return [*weights, t.b13, t.b2, t.input_scale1, t.input_scale2, *params]
-
-
-def _call(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    out: torch.Tensor,
-    workspace: torch.Tensor | None,
-    parts: list[torch.Tensor | None],
-    shape: list[int],
-    format: str,
-    layout: str,
-    group_size: int | None,
-    alpha: float | None,
-    beta: float | None,
-    limit: float | None,
-    activations: str,
-    gate_up: str,
-    activation: str,
-    expert_offset: int,
-    deterministic: bool,
-) -> tuple[Problem, MoETensors]:
-    experts, n13, hidden, inter = shape
-    data13, scale13, factor13, data2, scale2, factor2, b13, b2, in1, in2, *params = parts
-    if data13 is None or data2 is None:
-        raise invalid("parts", "weights", "None")
-    pairs = zip(params, (alpha, beta, limit), strict=True)
-    alpha_, beta_, limit_ = (number if tensor is None else tensor for tensor, number in pairs)
-    shape13, shape2 = (experts, n13, hidden), (experts, hidden, inter)
-    t = MoETensors(
-        x=x,
-        ids=ids,
-        weights=weights,
-        out=out,
-        w13=PackedWeight(data13, scale13, factor13, format, layout, group_size, shape13),
-        w2=PackedWeight(data2, scale2, factor2, format, layout, group_size, shape2),
-        b13=b13,
-        b2=b2,
-        input_scale1=in1,
-        input_scale2=in2,
-        alpha=1.0 if alpha_ is None else alpha_,
-        beta=0.0 if beta_ is None else beta_,
-        limit=limit_,
-        workspace=workspace,
-    )
-    problem = Problem.of(
-        t,
-        activations=activations,
-        gate_up=gate_up,
-        activation=activation,
-        expert_offset=expert_offset,
-        deterministic=deterministic,
-    )
-    return problem, t
-
-
-def _run(*args: Any) -> None:
-    *call, backend = args
-    problem, t = _call(*call)
-    device = Device.of(t.x.device)
-    chosen = back_ends.choose("fused_moe", BACKENDS, problem, device, backend)
-    if problem.tokens:
-        chosen.load()(problem, chosen.config(problem, device), t)
-
-
-def _fake(*args: Any) -> None:
-    _call(*args[:-1])
-
-
-_fused_moe = define(
-    "fused_moe(Tensor x, Tensor ids, Tensor weights, Tensor(a!) out, Tensor(b!)? workspace, "
-    "Tensor?[] parts, SymInt[] shape, str format, str layout, int? group_size, float? alpha, "
-    "float? beta, float? limit, str activations, str gate_up, str activation, int expert_offset, "
-    "bool deterministic, str backend) -> ()",
-    _run,
-    _fake,
-)
 
 
 def _describe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cutemoe.gemm.plan import GemmConfig, choose_tile, refuse_layout
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
@@ -23,23 +24,16 @@ MAX_ROWS = 2**31 - 1
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Tiles of both GEMMs of the Triton back end.
+    """Tiles of both GEMMs of the Triton back end; both have the same rows.
 
     Attributes:
         block_m: routed rows a tile, at least workspace.MIN_TILE_ROWS.
-        block_n1, block_k1, warps1, stages1: FC1 output columns, K step, warps, pipeline stages.
-        block_n2, block_k2, warps2, stages2: the same of FC2.
+        fc1, fc2: tiles of w13 and w2.
     """
 
     block_m: int
-    block_n1: int
-    block_k1: int
-    warps1: int
-    stages1: int
-    block_n2: int
-    block_k2: int
-    warps2: int
-    stages2: int
+    fc1: GemmConfig
+    fc2: GemmConfig
 
 
 @dataclass(frozen=True)
@@ -53,8 +47,8 @@ class RouteConfig:
 
 def refuse_triton(problem: Problem, device: Device) -> str | None:
     """Why the Triton kernels do not run this layer, or None."""
-    if problem.layout != "rows":
-        return f"weights in layout 'rows', got {problem.layout!r}"
+    if (why := refuse_layout(problem.layout, problem.activations)) is not None:
+        return why
     known = TRITON_WEIGHTS.get(problem.weight)
     if known is None:
         return f"weights in one of {', '.join(TRITON_WEIGHTS)}, got {problem.weight}"
@@ -66,17 +60,14 @@ def refuse_triton(problem: Problem, device: Device) -> str | None:
         return f"local experts <= {MAX_EXPERTS}, got {problem.experts}"
     if problem.tokens * problem.top_k > MAX_ROWS:
         return f"tokens * top_k <= {MAX_ROWS}, got {problem.tokens * problem.top_k}"
-    if problem.activations == "fp8" and device.type == "cuda" and device.arch < 89:
-        return f"fp8 activations need sm_89 or newer, got sm_{device.arch}"
     return None
 
 
 def configure_triton(problem: Problem, device: Device) -> MoEConfig:
-    """Tiles for the Triton kernels: a row tile near the mean rows of an expert."""
+    """Tiles for the Triton kernels, from the rows that an expert can expect."""
     rows = problem.tokens * problem.top_k
-    mean = -(-rows // problem.experts)
-    block_m = next((b for b in (16, 32, 64) if b >= mean), 128)
-    return MoEConfig(block_m, 64, 128, 4, 3, 64, 128, 4, 3)
+    tile = choose_tile(rows, problem.experts, problem.weight, problem.layout, device)
+    return MoEConfig(tile.block_m, tile, tile)
 
 
 def refuse_route(problem: RouteProblem, device: Device) -> str | None:
@@ -87,8 +78,10 @@ def refuse_route(problem: RouteProblem, device: Device) -> str | None:
 
 
 def configure_route(problem: RouteProblem, device: Device) -> RouteConfig:
-    """One token a program; rows of up to 1024 experts fit the registers of four warps."""
-    return RouteConfig(1, 1 << (problem.experts - 1).bit_length(), 4)
+    """A warp for up to 512 scores: reductions within a warp need no shared memory."""
+    block_e = max(16, 1 << (problem.experts - 1).bit_length())
+    block_t = max(1, 128 // block_e) if problem.tokens > 64 else 1
+    return RouteConfig(block_t, block_e, 1 if block_t * block_e <= 512 else 2)
 
 
 BACKENDS = (

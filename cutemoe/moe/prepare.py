@@ -125,10 +125,13 @@ def prepare_moe(
         raise invalid("gate_up", f"one of {GATE_UP}", repr(gate_up))
     check_backend(backend, BACKENDS)
     place = check_device(device)
-    p2 = pack_checked(w2, "w2", place)
+    p2 = pack_checked(w2, "w2", activations, place, backend)
     place = p2.device if place is None else place
-    p13 = pack_checked(w13, "w13", place)
+    p13 = pack_checked(w13, "w13", activations, place, backend)
     _check_pair(p13, p2, activations)
+    if p13.layout != p2.layout:
+        # a packed layout refused one of them
+        p13, p2 = p13.in_rows(), p2.in_rows()
     check_dense(p2, activations)
     scale1, scale2 = _input_scales(input_scale, activations, p2.shape[0], place)
     return PreparedMoE(

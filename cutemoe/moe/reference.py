@@ -113,12 +113,17 @@ def _activate(problem: Problem, t: MoETensors, expert: int, h: torch.Tensor) -> 
     if problem.activation != "swiglu":
         tanh = problem.activation == "geglu_tanh"
         return functional.gelu(gate, approximate="tanh" if tanh else "none") * up
-    alpha, beta, limit = (
-        p[expert] if isinstance(p, torch.Tensor) else p for p in (t.alpha, t.beta, t.limit)
-    )
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + beta)
+    if t.limit is not None:
+        limit = _of_expert(t.limit, expert, h)
+        gate, up = torch.clamp(gate, max=limit), torch.clamp(up, -limit, limit)
+    gate = gate * torch.sigmoid(_of_expert(t.alpha, expert, h) * gate)
+    return gate * (up + _of_expert(t.beta, expert, h))
+
+
+def _of_expert(p: float | torch.Tensor, expert: int, like: torch.Tensor) -> torch.Tensor:
+    """A parameter of the activation as a scalar tensor."""
+    value = p[expert] if isinstance(p, torch.Tensor) else p
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _combine(y: torch.Tensor, weights: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,10 @@ slots come last, at or beyond expert_start[E].
 | expert_start | int32 [E+1] | first sorted row of every expert; the last is the number of live rows |
 | tiles | int32 [max_tiles, 2] | (expert, first sorted row) of every tile of rows |
 | tile_count | int32 [1] | how many of them are live |
-| xq, xq_scale | | FC1 input as codes: fp8 with row scales [T, H], float32 [T]; fp8 with static scales [R, H], float32 [R]; nvfp4 uint8 [R, H/2], e4m3 [R, H/16] |
+| xq | bf16 | values of the quantised FC1 input without global scale: fp8 with row scales [T, H], else [R, H] in sorted order |
 | mid | [R, I] | FC1 activation in sorted order: bf16 or fp16; float32 if it is quantised |
-| midq, midq_scale | | the same as codes: fp8 [R, I], float32 [R]; nvfp4 uint8 [R, I/2], e4m3 [R, I/16] |
+| midq | bf16 [R, I] | values of the quantised FC2 input |
+| xq_scale, midq_scale | float32 [T], [R] | row scales of fp8 |
 | y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
 """  # noqa: E501
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cutemoe.errors import invalid
+from cutemoe.gemm.weight import PackedWeight
 
 if TYPE_CHECKING:
     from cutemoe.moe.prepare import PreparedMoE
@@ -76,26 +78,20 @@ def layout(
 ) -> Layout:
     """Where every part sits. No part shrinks when tokens or top_k grow."""
     rows = tokens * top_k
-    i32, f32, u8, e4m3 = torch.int32, torch.float32, torch.uint8, torch.float8_e4m3fn
+    i32, f32, bf16 = torch.int32, torch.float32, torch.bfloat16
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "sorted_slots": ((rows,), i32),
         "expert_start": ((experts + 1,), i32),
         "tiles": ((max_tiles(rows, experts), 2), i32),
         "tile_count": ((1,), i32),
     }
-    if activations == "fp8":
-        x_rows = rows if static_scale else tokens
-        wanted["xq"] = ((x_rows, hidden), e4m3)
-        wanted["xq_scale"] = ((x_rows,), f32)
+    if activations in ("fp8", "nvfp4"):
+        wanted["xq"] = ((rows if static_scale else tokens, hidden), bf16)
         wanted["mid"] = ((rows, intermediate), f32)
-        wanted["midq"] = ((rows, intermediate), e4m3)
-        wanted["midq_scale"] = ((rows,), f32)
-    elif activations == "nvfp4":
-        wanted["xq"] = ((rows, hidden // 2), u8)
-        wanted["xq_scale"] = ((rows, hidden // 16), e4m3)
-        wanted["mid"] = ((rows, intermediate), f32)
-        wanted["midq"] = ((rows, intermediate // 2), u8)
-        wanted["midq_scale"] = ((rows, intermediate // 16), e4m3)
+        wanted["midq"] = ((rows, intermediate), bf16)
+        if not static_scale:
+            wanted["xq_scale"] = ((tokens,), f32)
+            wanted["midq_scale"] = ((rows,), f32)
     else:
         dtype = torch.bfloat16 if activations == "bf16" else torch.float16
         wanted["mid"] = ((rows, intermediate), dtype)
@@ -148,9 +144,8 @@ class Workspace:
         Raises:
             InvalidCall: moe is no PreparedMoE, or a size is not a positive integer.
         """
-        from cutemoe.moe.prepare import PreparedMoE
-
-        if not isinstance(moe, PreparedMoE):
+        # by its parts: the class is in a module that imports this one's users
+        if not isinstance(getattr(moe, "w13", None), PackedWeight):
             raise invalid("moe", "a PreparedMoE", type(moe).__name__, "cutemoe.prepare_moe")
         for name, size in (("max_tokens", max_tokens), ("top_k", top_k)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -28,6 +28,7 @@ SUPPORTED = (
 TORCH_ONLY = (("fp8", "bf16"), ("fp8", "fp16"), ("fp8", "fp8"), ("bf16", "fp8"))
 COMBINATIONS = SUPPORTED + TORCH_ONLY
 X = {**DTYPES, "fp8": torch.float8_e4m3fn}
+KINDS = {dtype: kind for kind, dtype in X.items()}
 
 
 @st.composite
@@ -74,12 +75,22 @@ def call(
     w: Any,
     offsets: torch.Tensor,
     x_scale: torch.Tensor | None = None,
+    *,
+    prepared: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`grouped_gemm` on the target, skipped where the back end refuses; the result on the CPU."""
-    args = tuple(target.put(a) for a in (x, w, offsets))
+    """`grouped_gemm` on the target, skipped where the back end refuses; the result on the CPU.
+
+    With `prepared` the weights are in the layout that the back end prefers, else in rows.
+    """
+    args: Any = tuple(target.put(a) for a in (x, w, offsets))
     if isinstance(w, cutemoe.QuantizedTensor):
         args = (args[0], w.to(target.device), args[2])
+    if prepared:
+        w = cutemoe.prepare_grouped_gemm(
+            args[1], activations=KINDS[x.dtype], backend=target.backend
+        )
+        args = (args[0], w, args[2])
     kwargs["x_scale"] = target.put(x_scale)
     target.willing("grouped_gemm", *args, **kwargs)
     return cutemoe.grouped_gemm(*args, backend=target.backend, **kwargs).cpu()

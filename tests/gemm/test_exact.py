@@ -22,7 +22,7 @@ from tests.moe.cases import assert_order_free, exact_weight, values
 SHARE = 0.3
 
 
-def check(target, format, kind, sizes, tail, seed, n=48, k=96, scale=None) -> None:
+def check(target, format, kind, sizes, tail, seed, n=48, k=96, scale=None, prepared=True) -> None:
     w = exact_weight(format, (len(sizes), n, k), seed)
     offsets = offsets_of(sizes)
     rows = sum(sizes) + tail
@@ -32,12 +32,14 @@ def check(target, format, kind, sizes, tail, seed, n=48, k=96, scale=None) -> No
         for row in x[offsets[g] : offsets[g + 1]]:
             assert_order_free(row, values(w, torch.float64)[g])
     want = naive(x, w, offsets, x_scale)
-    assert_same(call(target, x, w, offsets, x_scale), want.to(out_dtype(x)))
+    got = call(target, x, w, offsets, x_scale, prepared=prepared)
+    assert_same(got, want.to(out_dtype(x)))
 
 
+@pytest.mark.parametrize("prepared", [True, False], ids=["packed", "rows"])
 @pytest.mark.parametrize(("format", "kind"), COMBINATIONS)
-def test_every_combination_of_formats(target, format, kind):
-    check(target, format, kind, [3, 0, 17, 1, 0], 2, 5)
+def test_every_combination_of_formats(target, format, kind, prepared):
+    check(target, format, kind, [3, 0, 17, 1, 0], 2, 5, prepared=prepared)
 
 
 @pytest.mark.parametrize("scale", [0, 1], ids=["tensor", "rows"])
@@ -72,7 +74,7 @@ def test_one_hot_rows_return_every_weight(target, format, kind):
         draw.normal((2, n, k), 9), format, group_size=32 if format == "int4" else None
     )
     x = torch.eye(k, dtype=X[kind])
-    got = call(target, torch.cat([x, x]), w, offsets_of([k, k]))
+    got = call(target, torch.cat([x, x]), w, offsets_of([k, k]), prepared=True)
     codes, over = w, None
     if format == "nvfp4":
         # the global scale multiplies the float32 sum
@@ -83,15 +85,16 @@ def test_one_hot_rows_return_every_weight(target, format, kind):
     assert_same(got, want.to(x.dtype))
 
 
-def test_every_e8m0_scale_and_code(target):
-    """All finite scales whose values bf16 holds, by all 16 codes."""
-    scales = torch.arange(16, 240, dtype=torch.uint8)
+@pytest.mark.parametrize("prepared", [True, False], ids=["packed", "rows"])
+def test_every_e8m0_scale_and_code(target, prepared):
+    """Scales whose values are ordinary in bf16, by all 16 codes; a group spans 130 octaves."""
+    scales = torch.stack([torch.arange(16, 146), torch.arange(110, 240)]).to(torch.uint8)
     data = torch.arange(16, dtype=torch.uint8) | (torch.arange(16, dtype=torch.uint8) << 4)
-    data = data.expand(1, len(scales), 16).contiguous()
-    w = cutemoe.QuantizedTensor(data, scales.view(1, -1, 1), format="mxfp4")
-    x = torch.eye(32, dtype=torch.bfloat16)
-    got = call(target, x, w, offsets_of([32]))
-    assert_same(got, w.dequantize()[0].T.bfloat16())
+    data = data.expand(*scales.shape, 16).contiguous()
+    w = cutemoe.QuantizedTensor(data, scales[..., None], format="mxfp4")
+    x = torch.eye(32, dtype=torch.bfloat16).repeat(2, 1)
+    got = call(target, x, w, offsets_of([32, 32]), prepared=prepared)
+    assert_same(got, w.dequantize().transpose(1, 2).flatten(0, 1).bfloat16())
 
 
 def test_prepared_weights_give_the_same_bits(target):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -96,7 +95,8 @@ class Layer:
         """The dtype of x that goes with the activations."""
         return DTYPES.get(self.activations, torch.bfloat16)
 
-    def prepared(self, target: Target | None = None) -> cutemoe.PreparedMoE:
+    def prepared(self, target: Target | None = None, rows: bool = False) -> cutemoe.PreparedMoE:
+        """The layer as the target's back end wants its weights, or in rows."""
         return cutemoe.prepare_moe(
             self.w13,
             self.w2,
@@ -106,6 +106,7 @@ class Layer:
             gate_up=self.gate_up,
             input_scale=self.input_scale,
             device=None if target is None else target.device,
+            backend="reference" if rows or target is None else target.backend,
         )
 
 
@@ -317,14 +318,15 @@ def call(
     x: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
+    *,
+    rows: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
     """`fused_moe` on the target, skipped where the back end refuses; the result on the CPU."""
-    run = partial(cutemoe.fused_moe, backend=target.backend)
-    args = (target.put(x), layer.prepared(target), target.put(ids), target.put(weights))
+    args = (target.put(x), layer.prepared(target, rows), target.put(ids), target.put(weights))
     activation = kwargs.get("activation")
     if isinstance(activation, cutemoe.SwiGLU):
         moved = (target.put(p) for p in (activation.alpha, activation.beta, activation.limit))
         kwargs["activation"] = cutemoe.SwiGLU(*moved)
     target.willing("fused_moe", *args, **kwargs)
-    return run(*args, **kwargs).cpu()
+    return cutemoe.fused_moe(*args, backend=target.backend, **kwargs).cpu()

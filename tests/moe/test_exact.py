@@ -22,14 +22,15 @@ from tests.moe.cases import (
 ids_of = "{}-{}".format
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["packed", "rows"])
 @pytest.mark.parametrize("gate_up", ["gate_up", "up_gate", "interleaved"])
 @pytest.mark.parametrize(("format", "activations"), COMBINATIONS)
-def test_every_combination_of_formats(target, format, activations, gate_up):
+def test_every_combination_of_formats(target, format, activations, gate_up, rows):
     layer = exact_layer(format, activations, gate_up=gate_up, seed=3)
     r = draw.Routing(T=7, K=2, E=5, offset=0, pattern="skips", seed=11)
     x, ids, weights = exact_x(7, layer, 5), r.ids(), r.weights(exact=True)
     want = naive(layer, x, ids, weights, SATURATED, exact=True)
-    got = call(target, layer, x, ids, weights, activation=SATURATED)
+    got = call(target, layer, x, ids, weights, activation=SATURATED, rows=rows)
     assert_same(got, want.to(x.dtype))
 
 

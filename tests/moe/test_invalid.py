@@ -1,5 +1,7 @@
 """Every public argument of `fused_moe`: malformed, it is named, and no byte is written."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,6 +17,10 @@ UNGATED = exact_layer("mxfp4", E=E, H=H, gated=False).prepared()
 R = draw.Routing(T=T, K=K, E=E, offset=0, pattern="uniform", seed=1)
 X, IDS, WEIGHTS = exact_x(T, LAYER, 1), R.ids(), R.weights()
 WIDE = torch.zeros(T, 2 * H, dtype=torch.bfloat16)
+
+
+SwiGLU: Any = cutemoe.SwiGLU
+for_moe: Any = cutemoe.Workspace.for_moe
 
 
 def swiglu(**params) -> dict:
@@ -103,17 +109,17 @@ def test_the_good_call_is_good():
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: cutemoe.SwiGLU(alpha=torch.nan), "alpha"),
-        (lambda: cutemoe.SwiGLU(alpha=None), "alpha"),
-        (lambda: cutemoe.SwiGLU(beta="1"), "beta"),
-        (lambda: cutemoe.SwiGLU(beta=torch.inf), "beta"),
-        (lambda: cutemoe.SwiGLU(limit=0.0), "limit"),
-        (lambda: cutemoe.SwiGLU(limit=-1.0), "limit"),
-        (lambda: cutemoe.SwiGLU(limit=True), "limit"),
+        (lambda: SwiGLU(alpha=torch.nan), "alpha"),
+        (lambda: SwiGLU(alpha=None), "alpha"),
+        (lambda: SwiGLU(beta="1"), "beta"),
+        (lambda: SwiGLU(beta=torch.inf), "beta"),
+        (lambda: SwiGLU(limit=0.0), "limit"),
+        (lambda: SwiGLU(limit=-1.0), "limit"),
+        (lambda: SwiGLU(limit=True), "limit"),
         (lambda: cutemoe.GeGLU("sigmoid"), "approximate"),
-        (lambda: cutemoe.Workspace.for_moe(MOE, 0, 1), "max_tokens"),
-        (lambda: cutemoe.Workspace.for_moe(MOE, 1, 2.0), "top_k"),
-        (lambda: cutemoe.Workspace.for_moe(LAYER, 1, 1), "moe"),
+        (lambda: for_moe(MOE, 0, 1), "max_tokens"),
+        (lambda: for_moe(MOE, 1, 2.0), "top_k"),
+        (lambda: for_moe(LAYER, 1, 1), "moe"),
         (lambda: cutemoe.Workspace(torch.zeros(8)), "buffer"),
         (lambda: cutemoe.Workspace(torch.zeros(800, dtype=torch.uint8)[::2]), "buffer"),
         (lambda: cutemoe.Workspace(torch.zeros(800, dtype=torch.uint8)[3:]), "buffer"),

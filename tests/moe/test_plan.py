@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cutemoe import registry
+from cutemoe.gemm.plan import weight_layout
 from cutemoe.moe import plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
@@ -68,7 +69,9 @@ def test_triton_takes_what_is_promised(weight, activations):
         ({"weight": "fp8"}, "weights in one of"),
         ({"weight": "bf16", "activations": "fp8"}, "bf16 weights take"),
         ({"weight": "mxfp4", "activations": "nvfp4"}, "mxfp4 weights take"),
-        ({"layout": "tiles"}, "layout"),
+        ({"layout": "tiles"}, "layout rows or sm80_w4_bf16, got 'tiles'"),
+        ({"layout": "sm80_w4_fp16"}, "layout rows or sm80_w4_bf16"),
+        ({"layout": "sm80_w4_bf16", "activations": "fp16"}, "layout rows or sm80_w4_fp16"),
         ({"top_k": plan.MAX_TOP_K + 1}, "top_k <= 32, got 33"),
         ({"experts": plan.MAX_EXPERTS + 1}, "experts <= 1024, got 1025"),
         ({"tokens": 2**30}, "tokens * top_k <= "),
@@ -116,6 +119,27 @@ def test_every_routing_has_a_configuration(experts):
     problem = replace(ROUTE, experts=experts, top_k=1)
     assert back_end.reason(problem, H200) is None
     assert hash(back_end.config(problem, H200)) is not None
+
+
+@pytest.mark.parametrize(
+    ("activations", "backend", "device", "layout"),
+    [
+        ("bf16", "auto", H200, "sm80_w4_bf16"),
+        ("fp16", "auto", H200, "sm80_w4_fp16"),
+        ("fp8", "triton", A100, "sm80_w4_bf16"),
+        ("nvfp4", "auto", H200, "sm80_w4_bf16"),
+        ("bf16", "reference", H200, "rows"),
+        ("bf16", "auto", V100, "rows"),
+        ("bf16", "auto", BARE, "rows"),
+        ("bf16", "auto", Device("cpu", has_triton=True, interprets=True), "rows"),
+        ("bf16", "triton", Device("cpu", has_triton=True, interprets=True), "sm80_w4_bf16"),
+        ("bf16", "triton", Device("cpu", has_triton=True), "rows"),
+    ],
+)
+def test_weights_sit_where_their_back_end_wants_them(activations, backend, device, layout):
+    assert weight_layout(activations, backend, device) == layout
+    problem = replace(GOOD, weight="nvfp4", activations=activations, layout=layout)
+    assert TRITON.refuse(problem, H200) is None
 
 
 def test_every_op_is_found():

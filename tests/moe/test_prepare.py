@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import cutemoe
-from cutemoe.gemm.weight import PackedWeight
+from cutemoe.gemm.weight import PACKED, PackedWeight
 from tests import strategies as draw
 from tests.close import assert_same
-from tests.moe.cases import COMBINATIONS, exact_layer, exact_weight, random_layer
+from tests.moe.cases import COMBINATIONS, exact_layer, exact_weight, exact_x, random_layer
 
 E, H, I = 3, 64, 96  # noqa: E741
+INT4 = {"int4": 32}
 
 
 def arguments(format: str = "mxfp4", activations: str = "bf16") -> dict:
@@ -72,6 +73,54 @@ def test_weights_unpack_to_what_was_packed(format):
     else:
         assert_same(back.data.view(torch.uint8), w.data.view(torch.uint8))
         assert_same(back.dequantize(), w.dequantize())
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
+def test_packed_weights_unpack_to_what_was_packed(format, layout):
+    w = cutemoe.quantize(draw.normal((E, 40, 160), 1), format, group_size=INT4.get(format))
+    packed = PackedWeight.of(w, layout=layout)
+    assert packed.layout == layout and packed.shape == (E, 40, 160)
+    for back in (packed.unpack(), packed.in_rows().unpack()):
+        assert isinstance(back, cutemoe.QuantizedTensor)
+        assert_same(back.data, w.data)
+        assert_same(back.scale.view(torch.uint8), w.scale.view(torch.uint8))
+        assert_same(back.dequantize(), w.dequantize())
+    one = packed.group(1)
+    assert (one.layout, one.shape) == ("rows", (1, 40, 160))
+    assert_same(one.data, w.data[1:2])
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
+def test_the_reference_reads_packed_layers(format, activations):
+    layer = exact_layer(format, activations)
+    rows = layer.prepared()
+    packed = cutemoe.prepare_moe(
+        layer.w13,
+        layer.w2,
+        layer.b13,
+        layer.b2,
+        activations=activations,
+        input_scale=layer.input_scale,
+        backend="triton",
+    )
+    if packed.w13.layout == "rows":
+        pytest.skip("Triton runs nowhere here")
+    r = draw.Routing(T=4, K=2, E=5, offset=0, pattern="uniform", seed=3)
+    x, args = exact_x(4, layer, 5), (r.ids(), r.weights())
+    want = cutemoe.fused_moe(x, rows, *args, backend="reference")
+    assert_same(cutemoe.fused_moe(x, packed, *args, backend="reference"), want)
+
+
+def test_both_weights_stay_in_rows_where_one_must():
+    layer = exact_layer("mxfp4")
+    scale = layer.w2.scale.clone()
+    scale[0, 0, 0], scale[0, 0, 1] = 1, 250
+    w2 = cutemoe.QuantizedTensor(layer.w2.data, scale, format="mxfp4")
+    moe = cutemoe.prepare_moe(layer.w13, w2, backend="triton")
+    assert moe.w13.layout == moe.w2.layout == "rows"
+    assert_same(moe.w13.data, layer.w13.data)
 
 
 def test_a_dense_transposed_view_is_made_contiguous():

@@ -1,0 +1,757 @@
+"""Gated delta net decode and draft verification as one CuTe DSL kernel of independent warps.
+
+A warp owns 16 rows (values) of one head's state for all tokens: 16 x DK numbers in its registers,
+read once. It uses no shared memory and no barrier; the warps of a CTA share only the launch.
+
+Lanes     lane = 4 g + t. Of rows 2 g and 2 g + 1 of its tile a lane holds the columns
+          (4 ch + t) vec + j: 16 contiguous bytes a chunk ch. The order of a contraction is free, so
+          these registers are the B operand of mma.m16n8k8 as they come, one block of 8 rows for
+          each parity, and the same columns of token g's k and q are the A operand.
+Tokens    tile 8: k_0..k_7 in rows 0..7 of A, q_0..q_7 in rows 8..15. tile 4: k_0..k_3, q_0..q_3 in
+          rows 0..7. A lane's results belong to token g and to rows 4 t .. 4 t + 3.
+Per warp  1 loads: slot | q, k, v, gates of the window | state (and the mark of the open window)
+          2 Gram matrix k k^T, q k^T by mma, norms on its diagonal
+          3 decays: products of g from token to token, a scan over the quad
+          4 fold (verify): S <- D S + sum of the accepted u k^T; stored if there were any
+          5 S k, S q of the whole window by mma; then u, token by token
+          6 outputs, records; S advanced over the window where anybody needs it
+
+Precision: 16-bit q and k are exact in TF32, so S k needs S = high + low only, two mma; float32 q
+and k have their low parts in rows 8..15. States change by float32 FMA and nothing else, so folding
+recorded u gives the bits that `gdn_decode` of the same tokens gives.
+
+Rejected: k, q and coefficients in shared memory, the Gram matrix split over the warps (three
+barriers a tile; 85 us at B = 64, T = 8, float32, output only, H200 2026-11-21); the state as A
+operand (a move for every number); rank-1 updates by mma (tensor cores truncate, and 1,000 steps
+drift); weights as exp of a difference of sums (NaN at g = 0).
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import (
+    BFloat16,
+    Float16,
+    Float32,
+    Float64,
+    Int16,
+    Int32,
+    Int64,
+    TFloat32,
+    Uint32,
+    const_expr,
+    range_constexpr,
+)
+from cutlass.cute.nvgpu.warp import MmaF16BF16Op, MmaTF32Op
+
+from cutemoe.gdn.cute_plan import Config
+
+TYPES = {
+    "bfloat16": BFloat16,
+    "float16": Float16,
+    "float32": Float32,
+    "float64": Float64,
+    "int32": Int32,
+    "int64": Int64,
+}
+NORM_EPS = 1e-6
+
+
+class Lane:
+    """Where this lane is: quad's first lane, g, t, its state rows and its result rows."""
+
+    def __init__(self, first, warp):
+        lane = cute.arch.lane_idx()
+        self.lane, self.g, self.t = lane, lane // 4, lane % 4
+        self.quad = lane - self.t
+        self.first, self.warp = first, warp
+        self.row = first + 2 * self.g
+        self.out = first + 4 * self.t
+
+
+class Head:
+    """Which sequence, heads and slot this warp works for; `leads` its group of v heads."""
+
+    def __init__(self, b, hv, hq, slot, leads):
+        self.b, self.hv, self.hq, self.slot, self.leads = b, hv, hq, slot, leads
+
+
+class GatedDelta:
+    """The kernel for one Config."""
+
+    def __init__(self, c: Config):
+        self.c = c
+        self.io, self.dt = TYPES[c.io], TYPES[c.state]
+        self.vk = c.layout == "vk"
+        self.verify = c.record != ""
+        self.vec = 128 // self.dt.width if self.vk else 4
+        self.chunks = c.dk // (4 * self.vec)
+        self.exact = self.io.width == 16
+        self.blocks = c.tile // 4
+        self.held = Float32 if c.loop else self.dt
+        self.native = self.exact and self.io is self.held
+        self.fold_tile = 8 if self.exact else 4
+        self.staged = self.verify and c.wide[3]
+
+    @cute.jit
+    def __call__(
+        self,
+        inputs: tuple,
+        gates: tuple,
+        mS: cute.Tensor,
+        mIdx,
+        mI,
+        draft,
+        mAcc,
+        scale: Float32,
+        group: Int32,
+        magic: Int32,
+        stream: cuda.CUstream,
+    ):
+        """inputs: q, k [B, T, HQ, DK], v, out [B, T, HV, DV]; draft: as in GDNDraft, or None."""
+        B, _, HV, DV = inputs[3].shape
+        self.kernel(inputs, gates, mS, mIdx, mI, draft, mAcc, scale, group, magic).launch(
+            grid=[cute.ceil_div(DV, 16 * self.c.warps), HV, B],
+            block=[32 * self.c.warps, 1, 1],
+            min_blocks_per_mp=self.c.blocks,
+            preferred_smem_carveout=40 if self.staged else 0,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, inputs, gates, mS, mIdx, mI, draft, mAcc, scale, group, magic):
+        tile, hv, b = cute.arch.block_idx()
+        tid, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(tid // 32)
+        first = (tile * self.c.warps + warp) * 16
+        slot = Int64(b)
+        if const_expr(self.c.index != ""):
+            slot = Int64(mIdx[b])
+        hq = (hv * magic) >> 16
+        head = Head(b, hv, hq, slot, hv == hq * group)
+        if const_expr(self.c.ragged):
+            if first < inputs[3].shape[3]:
+                self.rows(inputs, gates, mS, mI, draft, mAcc, scale, head, Lane(first, warp))
+        else:
+            self.rows(inputs, gates, mS, mI, draft, mAcc, scale, head, Lane(first, warp))
+
+    @cute.jit
+    def rows(self, inputs, gates, mS, mI, draft, mAcc, scale, head, at):
+        """The 16 rows of this warp."""
+        window = self.registers()
+        if const_expr(not self.c.loop):
+            self.load_window(inputs, gates, window, head, at, 0)
+        # the loads above it stay above the branch on the slot: one latency, not two
+        cute.arch.sync_warp()
+        if head.slot >= 0 and head.slot < mS.shape[0]:
+            self.sequence(inputs, gates, mS, mI, draft, mAcc, scale, window, head, at)
+        else:
+            self.padding(inputs[3], head, at)
+
+    @cute.jit
+    def padding(self, mO, head, at):
+        """Zero rows of out."""
+        rO = cute.make_rmem_tensor((4,), self.io)
+        rO.fill(0.0)
+        for t in range(at.g, mO.shape[1], 8):
+            self.put_quad(mO[head.b, t, head.hv, None], rO, at)
+
+    @cute.jit
+    def sequence(self, inputs, gates, mS, mI, draft, mAcc, scale, window, head, at):
+        """All tokens of one head of one live sequence."""
+        T = inputs[3].shape[1]
+        gS = self.narrow(mS[head.slot, head.hv, None, None], 2)
+        rS = cute.make_rmem_tensor((self.vec, 2, self.chunks), self.held)
+        self.load_state(gS, rS, at)
+        cute.arch.sync_warp()
+        half = Int32(0)
+        if const_expr(self.verify):
+            half = 1 - self.fold(gS, rS, draft, mAcc, head, at)
+        if const_expr(self.c.loop):
+            for t0 in range(0, T, self.c.tile):
+                self.load_window(inputs, gates, window, head, at, t0)
+                self.compute(inputs, gS, mI, draft, scale, window, rS, head, at, t0, half)
+            if const_expr(self.c.update):
+                self.store_state(gS, rS, at)
+        else:
+            # always so but for a flush; no load moves down past the branch
+            if T > 0:
+                self.compute(inputs, gS, mI, draft, scale, window, rS, head, at, 0, half)
+        if const_expr(self.verify):
+            if at.t == 0:
+                mark = Int16(2 * T + half)
+                for h in range_constexpr(2):
+                    if self.inside(at, h, inputs[3].shape[3]):
+                        draft[4][head.slot, head.hv, at.row + h] = mark
+
+    @cute.jit
+    def compute(self, inputs, gS, mI, draft, scale, window, rS, head, at, t0, half):
+        """One tile of tokens from t0 on."""
+        c = self.c
+        mK, mO = inputs[1], inputs[3]
+        T = mO.shape[1]
+        rX, rV, rG = window
+        n = T - t0
+        log_g, beta = self.gate(rG)
+        live = at.g % c.tile < n
+        beta = beta if live else Float32(0)
+        g = cute.math.exp(log_g) if live else Float32(1)
+        rD = self.gram(rX)
+        r = self.norms(rD, scale, at)
+        r_k = [self.from_lane(r[0], 8 * at.t + 4 * j) for j in range(2)]
+        later, before = self.decays(g, at.g % c.tile, at)
+        factors = self.factors(r, beta, at)
+        rM = self.coefficients(rD, factors, r_k, later)
+        rP = self.products(rS, rX)
+        self.solve(rP, rV, rM, factors, before, beta, at)
+        self.put_out(mO, rP, head, at, t0)
+        if const_expr(self.verify):
+            self.record(draft, rX, rP, r[0], log_g, head, at, t0, T, half)
+        gK = self.narrow(mK[head.b, None, head.hq, None], 0)
+        e = [later[j] * r_k[j] for j in range(2)]
+        end = const_expr(4 * (c.tile - 1))
+        d = self.from_lane(before, end)
+        steps = n if n < c.tile else Int32(c.tile)
+        if const_expr(c.snapshots):
+            rF = self.in_float32(rS)
+            for s in range(steps):
+                x = self.from_lane(r[0], 4 * s)
+                self.add(rF, gK, t0 + s, rP, s, x, self.from_lane(g, 4 * s), at)
+                self.store_state(self.narrow(mI[head.b, t0 + s, head.hv, None, None], 2), rF, at)
+            if const_expr(c.update and not c.loop):
+                self.store_state(gS, rF, at)
+        elif const_expr(c.update):
+            rF = self.in_float32(rS)
+            self.advance(rF, gK, t0, steps, rP, end, e, d, at)
+            if const_expr(not c.loop):
+                self.store_state(gS, rF, at)
+        elif const_expr(c.loop):
+            if n > c.tile:
+                self.advance(rS, gK, t0, steps, rP, end, e, d, at)
+
+    # ---- the window: q, k, v and gates of a tile of tokens
+
+    def registers(self):
+        """Fragments of k and q, v of four rows, and the gates of the lane's token."""
+        rX = [cute.make_rmem_tensor((self.vec, self.chunks), self.io) for _ in range(self.blocks)]
+        rG = cute.make_rmem_tensor((len(self.c.gates),), Float32)
+        return rX, cute.make_rmem_tensor((4,), self.io), rG
+
+    @cute.jit
+    def load_window(self, inputs, gates, window, head, at, t0):
+        """The lane's token; past the last one the last one, whose results go nowhere."""
+        mQ, mK, mV, _ = inputs
+        rX, rV, rG = window
+        last = mV.shape[1] - 1
+        b, hv, hq = head.b, head.hv, head.hq
+        t = t0 + at.g % self.c.tile
+        t = t if t < last else last
+        gK = self.narrow(mK[b, None, hq, None], 0)[t, None]
+        gQ = self.narrow(mQ[b, None, hq, None], 0)[t, None]
+        if const_expr(self.c.tile == 8):
+            self.load_row(gK, rX[0], at)
+            self.load_row(gQ, rX[1], at)
+        else:
+            base = gK.iterator.toint() if at.g < 4 else gQ.iterator.toint()
+            align = self.alignment(0, self.io)
+            ptr = cute.make_ptr(self.io, base, cute.AddressSpace.gmem, assumed_align=align)
+            self.load_row(cute.make_tensor(ptr, cute.make_layout((self.c.dk,))), rX[0], at)
+        for i in range_constexpr(2):
+            rG[i] = Float32(self.narrow(gates[i][b, None, hv])[t])
+        if const_expr(len(gates) == 4):
+            rG[2] = Float32(gates[2][hv])
+            rG[3] = Float32(gates[3][hv])
+        self.get_quad(self.narrow(mV[b, None, hv, None], 1)[t, None], rV, at)
+
+    def alignment(self, which, dtype):
+        """Bytes at which a vector of this kind of tensor may be accessed."""
+        size = dtype.width // 8
+        if not self.c.wide[which]:
+            return size
+        return (min(16, self.vec * size), 4 * size, 16 if self.vk else 2 * size, 16)[which]
+
+    @cute.jit
+    def load_row(self, gX, rX, at):
+        """This lane's columns of a row of DK numbers."""
+        for ch in range_constexpr(self.chunks):
+            src = cute.local_tile(gX, (self.vec,), (4 * ch + at.t,))
+            cute.autovec_copy(src, rX[None, ch])
+
+    @cute.jit
+    def gate(self, rG):
+        """log g and beta of the lane's token; log g is 0 where a factor of it is."""
+        log_g, beta = rG[0], rG[1]
+        if const_expr(len(self.c.gates) == 4):
+            rate = cute.math.exp(rG[2])
+            x = log_g + rG[3]
+            soft = cute.math.log1p(cute.math.exp(x if x < 20.0 else Float32(20.0)))
+            soft = x if x > 20.0 else soft
+            log_g = Float32(0) if rate == 0.0 or soft == 0.0 else -rate * soft
+            y = 1.0 + cute.math.exp(-beta)
+            z = cute.arch.rcp_approx(y)
+            beta = z * (2.0 - y * z) if z > 0.0 else z
+        return log_g, beta
+
+    # ---- small products of the window
+
+    @cute.jit
+    def gram(self, rX):
+        """x_g . x_n for the lane's two n: [k k, q k, -, q q] (tile 8) or [x x] (tile 4)."""
+        rD = [cute.make_rmem_tensor((4,), Float32) for _ in range(self.blocks)]
+        for n in range_constexpr(self.blocks):
+            rD[n].fill(0.0)
+        if const_expr(self.exact):
+            atom = cute.make_mma_atom(MmaF16BF16Op(self.io, Float32, (16, 8, 16)))
+            wX = [cute.recast_tensor(x, Uint32) for x in rX]
+            for k in range_constexpr(self.c.dk // 16):
+                rA = self.words_a(wX, k)
+                for n in range_constexpr(self.blocks):
+                    cute.mma_atom_call(atom, rD[n], rA, self.words_b(wX[n], k), rD[n])
+        else:
+            for ch in range_constexpr(self.chunks):
+                for p in range_constexpr(self.vec // 2):
+                    rA = self.floats_a(rX, p, ch)
+                    rB, rL = self.split(rX[0][2 * p, ch], rX[0][2 * p + 1, ch])
+                    self.mma(rD[0], rA, rL)
+                    self.mma(rD[0], rA, rB)
+            for j in range_constexpr(2):
+                rD[0][j] += rD[0][2 + j]
+        return rD
+
+    def words_a(self, wX, k):
+        """The A operand of 16 columns in 16 bits: k over q, or x over zeros."""
+        rA = cute.make_rmem_tensor((8,), self.io)
+        w = cute.recast_tensor(rA, Uint32)
+        ch, p = self.word(k)
+        for i in range(2):
+            w[2 * i] = wX[0][p + i, ch]
+            w[2 * i + 1] = wX[1][p + i, ch] if self.blocks == 2 else Uint32(0)
+        return rA
+
+    def words_b(self, wX, k, *block):
+        """The B operand of 16 columns in 16 bits."""
+        rB = cute.make_rmem_tensor((4,), self.io)
+        w = cute.recast_tensor(rB, Uint32)
+        ch, p = self.word(k)
+        for i in range(2):
+            w[i] = wX[(p + i, *block, ch)]
+        return rB
+
+    def word(self, k):
+        """Chunk and first word of the k-th 16 columns."""
+        per_chunk = self.vec // 4
+        return k // per_chunk, 2 * (k % per_chunk)
+
+    def floats_a(self, rX, p, ch):
+        """The A operand of 8 columns: k over q, x over zeros, or high over low parts of x."""
+        rA = cute.make_rmem_tensor((4,), Float32)
+        for e in range(2):
+            x = self.number(rX[0], 2 * p + e, ch)
+            if not self.exact:
+                rA[2 * e], rA[2 * e + 1] = self.high(x), x - self.high(x)
+            else:
+                rA[2 * e] = x
+                rA[2 * e + 1] = Float32(0)
+                if self.blocks == 2:
+                    rA[2 * e + 1] = self.number(rX[1], 2 * p + e, ch)
+        return rA
+
+    def split(self, x0, x1):
+        """The B operand of two float32 numbers, and that of what TF32 leaves of them."""
+        rB, rL = (cute.make_rmem_tensor((2,), Float32) for _ in range(2))
+        for e, x in enumerate((x0, x1)):
+            rB[e] = self.high(x)
+            rL[e] = x - self.high(x)
+        return rB, rL
+
+    def mma(self, rD, rA, rB):
+        atom = cute.make_mma_atom(MmaTF32Op((16, 8, 8)))
+        a, b = cute.recast_tensor(rA, TFloat32), cute.recast_tensor(rB, TFloat32)
+        cute.mma_atom_call(atom, rD, a, b, rD)
+
+    @cute.jit
+    def norms(self, rD, scale, at):
+        """The factor of vector g of every block: 1 / norm, times scale for a query."""
+        r = [Float32(1) for _ in range(self.blocks)]
+        for n in range_constexpr(self.blocks):
+            if const_expr(self.c.l2norm):
+                own = rD[n][2 * n + 1] if at.g % 2 == 1 else rD[n][2 * n]
+                x = self.from_lane(own, at.quad + at.g // 2) + NORM_EPS
+                y = cute.math.rsqrt(x, fastmath=True)
+                r[n] = y * (1.5 - 0.5 * x * y * y)
+        if const_expr(self.c.tile == 8):
+            r[1] = r[1] * scale
+        else:
+            r[0] = r[0] if at.g < 4 else r[0] * scale
+        return r
+
+    @cute.jit
+    def decays(self, g, n, at):
+        """Products of g over tokens (2 t, n], (2 t + 1, n] and [0, n]; g is token lane / 4's."""
+        i = 2 * at.t
+        x0 = self.from_lane(g, 4 * i)
+        x1 = self.from_lane(g, 4 * i + 4)
+        x0 = x0 if i <= n else Float32(1)
+        x1 = x1 if i < n else Float32(1)
+        run = x0 * x1
+        ahead = self.from_lane(run, at.lane + 1)
+        run = run * ahead if at.t < 3 else run
+        ahead = self.from_lane(run, at.lane + 2)
+        run = run * ahead if at.t < 2 else run
+        ahead = self.from_lane(run, at.lane + 1)
+        ahead = ahead if at.t < 3 else Float32(1)
+        return (ahead * x1, ahead), self.from_lane(run, at.quad)
+
+    @cute.jit
+    def factors(self, r, beta, at):
+        """What scales a row of results: -beta / norm for a key, scale / norm for a query."""
+        if const_expr(self.c.tile == 8):
+            return -beta * r[0], r[1]
+        return (r[0] * (-beta if at.g < 4 else Float32(1)),)
+
+    def coefficients(self, rD, factors, r_k, later):
+        """What u of the lane's two tokens adds to vector g of every block: [j, block]."""
+        rM = cute.make_rmem_tensor((2, self.blocks), Float32)
+        for n in range(self.blocks):
+            for j in range(2):
+                rM[j, n] = rD[0][2 * n + j] * factors[n] * (r_k[j] * later[j])
+        return rM
+
+    # ---- the state against the window
+
+    @cute.jit
+    def products(self, rS, rX):
+        """S x of vector g, rows 4 t + i, of every block: [i, block]."""
+        rD = [cute.make_rmem_tensor((4,), Float32) for _ in range(4)]
+        for i in range_constexpr(4):
+            rD[i].fill(0.0)
+        if const_expr(self.native):
+            atom = cute.make_mma_atom(MmaF16BF16Op(self.io, Float32, (16, 8, 16)))
+            wS, wX = cute.recast_tensor(rS, Uint32), [cute.recast_tensor(x, Uint32) for x in rX]
+            for k in range_constexpr(self.c.dk // 16):
+                rA = self.words_a(wX, k)
+                for h in range_constexpr(2):
+                    cute.mma_atom_call(atom, rD[h], rA, self.words_b(wS, k, h), rD[h])
+        else:
+            for ch in range_constexpr(self.chunks):
+                for p in range_constexpr(self.vec // 2):
+                    rA = self.floats_a(rX, p, ch)
+                    for h in range_constexpr(2):
+                        x = [self.number(rS, 2 * p + e, h, ch) for e in range(2)]
+                        rB, rL = self.split(*x)
+                        if const_expr(self.held is Float32):
+                            self.mma(rD[2 + h], rA, rL)
+                        self.mma(rD[h], rA, rB)
+        rP = cute.make_rmem_tensor((4, self.blocks), Float32)
+        for h in range_constexpr(2):
+            for j in range_constexpr(2):
+                for n in range_constexpr(self.blocks):
+                    rP[2 * j + h, n] = rD[h][2 * n + j] + rD[2 + h][2 * n + j]
+                if const_expr(not self.exact):
+                    rP[2 * j + h, 0] += rD[h][2 + j] + rD[2 + h][2 + j]
+        return rP
+
+    @cute.jit
+    def solve(self, rP, rV, rM, factors, before, beta, at):
+        """Turns rP into u of token g (block 0) and the outputs (last block), token by token."""
+        c = self.c
+        last = const_expr(self.blocks - 1)
+        for n in range_constexpr(self.blocks):
+            f = factors[n] * before
+            for i in range_constexpr(4):
+                rP[i, n] = rP[i, n] * f
+        b = beta if at.g < 4 or c.tile == 8 else Float32(0)
+        for i in range_constexpr(4):
+            rP[i, 0] = cute.math.fma(b, self.number(rV, i), rP[i, 0])
+        # u_s goes to keys of later tokens, and to queries from its own token on
+        query = at.g + 1 if const_expr(c.tile == 8) else (at.g if at.g < 4 else at.g - 3)
+        for s in range_constexpr(c.tile):
+            m = [self.from_lane(rM[s % 2, n], at.quad + s // 2) for n in range(self.blocks)]
+            for i in range_constexpr(4):
+                u = self.from_lane(rP[i, 0], 4 * s + at.t)
+                if const_expr(c.tile == 8 and s < 7):
+                    x = rP[i, 0] + m[0] * u
+                    rP[i, 0] = x if at.g > s else rP[i, 0]
+                x = rP[i, last] + m[last] * u
+                rP[i, last] = x if query > s else rP[i, last]
+
+    @cute.jit
+    def put_out(self, mO, rP, head, at, t0):
+        """Outputs of the lane's token."""
+        rO = cute.make_rmem_tensor((4,), self.io)
+        last = const_expr(self.blocks - 1)
+        t = t0 + at.g % self.c.tile
+        if t < mO.shape[1] and (at.g >= 4 or self.c.tile == 8):
+            for i in range_constexpr(4):
+                rO[i] = self.io(rP[i, last])
+            self.put_quad(self.narrow(mO[head.b, None, head.hv, None], 1)[t, None], rO, at)
+
+    # ---- the state moves on
+
+    @cute.jit
+    def advance(self, rF, gK, t0, steps, rU, end, e, d, at):
+        """rF <- D rF + sum of the decayed u k^T of some tokens, in their order."""
+        for ch in range_constexpr(self.chunks):
+            for h in range_constexpr(2):
+                for j in range_constexpr(self.vec):
+                    rF[j, h, ch] = rF[j, h, ch] * d
+        for s in range(steps):
+            x = e[0] if s % 2 == 0 else e[1]
+            self.add(rF, gK, t0 + s, rU, s, self.from_lane(x, end + s // 2), None, at)
+
+    @cute.jit
+    def add(self, rF, gK, t, rU, s, e, g, at):
+        """rF <- g rF + (e u_s) k^T, k the row t of gK."""
+        rK = cute.make_rmem_tensor((self.vec, self.chunks), gK.element_type)
+        self.load_row(gK[t, None], rK, at)
+        u = cute.make_rmem_tensor((2,), Float32)
+        lane = 4 * s + at.g // 2
+        for h in range_constexpr(2):
+            even = self.from_lane(rU[h, 0], lane)
+            odd = self.from_lane(rU[2 + h, 0], lane)
+            u[h] = (even if at.g % 2 == 0 else odd) * e
+        for ch in range_constexpr(self.chunks):
+            for j in range_constexpr(self.vec):
+                k = self.number(rK, j, ch)
+                for h in range_constexpr(2):
+                    x = rF[j, h, ch]
+                    if const_expr(g is not None):
+                        x = x * g
+                    rF[j, h, ch] = x + u[h] * k
+
+    @cute.jit
+    def fold(self, gS, rS, draft, mAcc, head, at):
+        """Accepts a prefix of the open window; returns which half of the records it is in."""
+        mU, mK, mR, mG, mMark = draft
+        tile = const_expr(self.fold_tile)
+        slot, hv = head.slot, head.hv
+        mark = Int32(mMark[slot, hv, at.first])
+        wanted = mAcc[head.b]
+        half, n = mark & 1, mark >> 1
+        n = Int32(wanted) if wanted < n else n
+        sK = self.stage(mK.element_type, at)
+        if n > 0:
+            gK = self.narrow(mK[slot, half, None, head.hq, None], 3)
+            rF = self.in_float32(rS)
+            rU = cute.make_rmem_tensor((4, 1), Float32)
+            for t0 in range(0, n, tile):
+                left = n - t0 - 1
+                tau = at.g % tile
+                s = t0 + (tau if tau < left else left)
+                if const_expr(self.staged):
+                    self.copy_async(gK[s, None], sK, tau, at)
+                g = cute.math.exp(mG[slot, half, s, hv])
+                g = g if tau <= left else Float32(1)
+                r = mR[slot, half, s, head.hq]
+                self.get_quad(mU[slot, s, hv, None], rU[None, 0], at)
+                later, before = self.decays(g, tau, at)
+                e = [later[j] * self.from_lane(r, 8 * at.t + 4 * j) for j in range(2)]
+                end = const_expr(4 * (tile - 1))
+                d = self.from_lane(before, end)
+                steps = left + 1 if left < tile else Int32(tile)
+                if const_expr(self.staged):
+                    cute.arch.cp_async_wait_group(0)
+                    cute.arch.sync_warp()
+                    self.advance(rF, sK, 0, steps, rU, end, e, d, at)
+                    cute.arch.sync_warp()
+                else:
+                    self.advance(rF, gK, t0, steps, rU, end, e, d, at)
+            self.store_state(gS, rF, at)
+            for ch in range_constexpr(self.chunks):
+                for h in range_constexpr(2):
+                    for j in range_constexpr(self.vec):
+                        x = rF[j, h, ch]
+                        if const_expr(self.dt is not Float32):
+                            x = self.held(self.dt(x))
+                        rS[j, h, ch] = x
+        return half
+
+    def stage(self, dtype, at):
+        """This warp's shared memory for recorded keys, [tokens, DK]."""
+        if not self.staged:
+            return None
+        shape = (self.c.dk, self.fold_tile, self.c.warps)
+        smem = cutlass.memory.SmemAllocator()
+        sK = smem.allocate_tensor(dtype, cute.make_layout(shape), 16)[None, None, at.warp]
+        return cute.make_tensor(sK.iterator, cute.make_layout(shape[1::-1], stride=(self.c.dk, 1)))
+
+    @cute.jit
+    def copy_async(self, gX, sK, row, at):
+        """A quad's row of recorded keys on its way to shared memory."""
+        atom = cute.make_copy_atom(
+            cute.nvgpu.cpasync.CopyG2SOp(), gX.element_type, num_bits_per_copy=128
+        )
+        vec = const_expr(128 // gX.element_type.width)
+        for i in range_constexpr(self.c.dk // (4 * vec)):
+            src = cute.local_tile(gX, (vec,), (4 * i + at.t,))
+            cute.copy(atom, src, cute.local_tile(sK[row, None], (vec,), (4 * i + at.t,)))
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def record(self, draft, rX, rU, r_k, log_g, head, at, t0, T, half):
+        """The window into the other half of the records; k, norms and gates by one warp each."""
+        mU, mK, mR, mG, _ = draft
+        slot, hv, hq = head.slot, head.hv, head.hq
+        t = t0 + at.g
+        if t < T and at.g < self.c.tile:
+            rO = cute.make_rmem_tensor((4,), Float32)
+            for i in range_constexpr(4):
+                rO[i] = rU[i, 0]
+            self.put_quad(mU[slot, t, hv, None], rO, at)
+            if at.first == 0:
+                if at.t == 0:
+                    mG[slot, half, t, hv] = log_g
+                if head.leads:
+                    gK = mK[slot, half, t, hq, None]
+                    rK = cute.make_rmem_tensor((self.vec,), mK.element_type)
+                    for ch in range_constexpr(self.chunks):
+                        for j in range_constexpr(self.vec):
+                            rK[j] = rX[0][j, ch].to(mK.element_type)
+                        cute.autovec_copy(rK, cute.local_tile(gK, (self.vec,), (4 * ch + at.t,)))
+                    if at.t == 0:
+                        mR[slot, half, t, hq] = r_k
+
+    # ---- memory
+
+    def narrow(self, gX, which=None):
+        """The same view with 32-bit strides, which one head of one sequence fits."""
+        dtype = gX.element_type
+        div = 1 if which is None else self.alignment(which, dtype) * 8 // dtype.width
+        stride = [x if isinstance(x, int) else cute.assume(Int32(x), divby=div) for x in gX.stride]
+        return cute.make_tensor(gX.iterator, cute.make_layout(gX.shape, stride=tuple(stride)))
+
+    @cute.jit
+    def inside(self, at, h, DV):
+        """Row h of the lane exists."""
+        return not self.c.ragged or at.row + h < DV
+
+    def whole(self, which):
+        """Rows may be accessed as vectors."""
+        return self.c.wide[which] and not self.c.ragged
+
+    @cute.jit
+    def get_quad(self, gX, rX, at):
+        """Four rows of a vector of DV; a row past the end reads the last one."""
+        if const_expr(self.whole(1)):
+            cute.autovec_copy(cute.local_tile(gX, (4,), (at.out // 4,)), rX)
+        else:
+            DV = gX.shape[0]
+            for i in range_constexpr(4):
+                rX[i] = gX[at.out + i if at.out + i < DV else DV - 1]
+
+    @cute.jit
+    def put_quad(self, gX, rX, at):
+        if const_expr(self.whole(1)):
+            cute.autovec_copy(rX, cute.local_tile(gX, (4,), (at.out // 4,)))
+        else:
+            for i in range_constexpr(4):
+                if at.out + i < gX.shape[0]:
+                    gX[at.out + i] = rX[i]
+
+    @cute.jit
+    def load_state(self, gS, rS, at):
+        """The tile; rows past the end repeat the last one."""
+        DV = gS.shape[0] if const_expr(self.vk) else gS.shape[1]
+        rX = cute.make_rmem_tensor((self.vec,) if self.vk else (2,), self.dt)
+        if const_expr(self.vk):
+            for h in range_constexpr(2):
+                r = at.row + h
+                if const_expr(self.c.ragged):
+                    r = r if r < DV else DV - 1
+                for ch in range_constexpr(self.chunks):
+                    src = cute.local_tile(gS[r, None], (self.vec,), (4 * ch + at.t,))
+                    if const_expr(self.held is self.dt):
+                        self.read(src, rS[None, h, ch])
+                    else:
+                        self.read(src, rX)
+                        for j in range_constexpr(self.vec):
+                            rS[j, h, ch] = self.number(rX, j)
+        else:
+            for ch in range_constexpr(self.chunks):
+                for j in range_constexpr(self.vec):
+                    gX = gS[(4 * ch + at.t) * self.vec + j, None]
+                    if const_expr(self.whole(2)):
+                        cute.autovec_copy(cute.local_tile(gX, (2,), (at.row // 2,)), rX)
+                    else:
+                        for h in range_constexpr(2):
+                            rX[h] = gX[at.row + h if at.row + h < DV else DV - 1]
+                    for h in range_constexpr(2):
+                        rS[j, h, ch] = self.held(rX[h])
+
+    @cute.jit
+    def store_state(self, gS, rF, at):
+        """The tile in the pool's type."""
+        DV = gS.shape[0] if const_expr(self.vk) else gS.shape[1]
+        rX = cute.make_rmem_tensor((self.vec,) if self.vk else (2,), self.dt)
+        if const_expr(self.vk):
+            for h in range_constexpr(2):
+                if self.inside(at, h, DV):
+                    for ch in range_constexpr(self.chunks):
+                        for j in range_constexpr(self.vec):
+                            rX[j] = self.dt(rF[j, h, ch])
+                        gX = cute.local_tile(gS[at.row + h, None], (self.vec,), (4 * ch + at.t,))
+                        self.write(rX, gX)
+        else:
+            for ch in range_constexpr(self.chunks):
+                for j in range_constexpr(self.vec):
+                    gX = gS[(4 * ch + at.t) * self.vec + j, None]
+                    for h in range_constexpr(2):
+                        rX[h] = self.dt(rF[j, h, ch])
+                    if const_expr(self.whole(2)):
+                        cute.autovec_copy(rX, cute.local_tile(gX, (2,), (at.row // 2,)))
+                    else:
+                        for h in range_constexpr(2):
+                            if at.row + h < DV:
+                                gX[at.row + h] = rX[h]
+
+    def read(self, gX, rX):
+        """16 bytes of a state, which nobody needs again; fetches the line it is in."""
+        if not self.c.wide[2]:
+            return cute.autovec_copy(gX, rX)
+        atom = cute.make_copy_atom(
+            cute.nvgpu.CopyG2ROp(),
+            self.dt,
+            num_bits_per_copy=128,
+            l1c_evict_priority=cute.nvgpu.CacheEvictionPriority.EVICT_FIRST,
+            l2_prefetch_size=cute.nvgpu.L2PrefetchSize.SIZE_128B,
+        )
+        cute.copy(atom, gX, rX)
+
+    def write(self, rX, gX):
+        """16 bytes of a state, streamed."""
+        if not self.c.wide[2]:
+            return cute.autovec_copy(rX, gX)
+        atom = cute.make_copy_atom(
+            cute.nvgpu.CopyR2GOp(),
+            self.dt,
+            num_bits_per_copy=128,
+            store_cache_mode=cute.nvgpu.StoreCacheMode.STREAMING,
+        )
+        cute.copy(atom, rX, gX)
+
+    # ---- numbers
+
+    def from_lane(self, x, lane):
+        return cute.arch.shuffle_sync(x, lane)
+
+    def number(self, rX, j, *where):
+        """Element j as float32; a bfloat16 by its bits, which costs one instruction."""
+        if rX.element_type is BFloat16:
+            w = cute.recast_tensor(rX, Uint32)[(j // 2, *where) if where else j // 2]
+            return (w & Uint32(0xFFFF0000) if j % 2 else w << 16).bitcast(Float32)
+        return Float32(rX[(j, *where) if where else j])
+
+    def high(self, x):
+        """x cut to the 11 significant bits of TF32, so that x - high(x) is exact."""
+        return (x.bitcast(Uint32) & Uint32(0xFFFFE000)).bitcast(Float32)
+
+    def in_float32(self, rS):
+        """The tile as float32 registers; the tile itself where it is."""
+        if self.held is Float32:
+            return rS
+        rF = cute.make_rmem_tensor((self.vec, 2, self.chunks), Float32)
+        for ch in range(self.chunks):
+            for h in range(2):
+                for j in range(self.vec):
+                    rF[j, h, ch] = self.number(rS, j, h, ch)
+        return rF

@@ -1,0 +1,84 @@
+"""What the CuTe kernel of the family runs, and the configuration it is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cutemoe.gdn.problem import Problem
+from cutemoe.runtime.device import Device
+
+HEADS = (64, 128)
+MAX_GRID = 65535
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the kernel is compiled for.
+
+    Attributes:
+        dk: head size of q and k, 64 or 128.
+        tile: tokens computed at once, 4 or 8; 4 for float32 q and k.
+        loop: more tokens than a tile may come, or none.
+        warps: warps a CTA, 16 rows each.
+        blocks: CTAs an SM that the registers must allow; 0 leaves it to the compiler.
+        io, state: dtype of q, k, v and out; of the pool.
+        layout: "vk" or "kv".
+        ragged: DV is no multiple of 16 * warps.
+        l2norm, update, snapshots: as in `gdn_decode`.
+        record: dtype of the recorded keys; "" is decode.
+        gates: dtypes of (a, b, A_log, dt_bias) or of (g, beta).
+        index, accepted: dtypes of the slot indices and of num_accepted, "" for none.
+        wide: (q and k, v and out and u, states, recorded keys) are aligned for vectors.
+    """
+
+    dk: int = 128
+    tile: int = 8
+    loop: bool = False
+    warps: int = 4
+    blocks: int = 0
+    io: str = "bfloat16"
+    state: str = "float32"
+    layout: str = "vk"
+    ragged: bool = False
+    l2norm: bool = True
+    update: bool = True
+    snapshots: bool = False
+    record: str = ""
+    gates: tuple[str, ...] = ("bfloat16", "bfloat16", "float32", "float32")
+    index: str = "int32"
+    accepted: str = ""
+    wide: tuple[bool, bool, bool, bool] = (True, True, True, True)
+
+
+def refuse(problem: Problem, device: Device) -> str | None:
+    """A warp holds 16 whole rows of a state in registers."""
+    if problem.DK not in HEADS:
+        return f"DK 64 or 128, got {problem.DK}"
+    if problem.DV < 2:
+        return f"DV >= 2, got {problem.DV}"
+    if max(problem.B, problem.HV) > MAX_GRID or problem.HV * problem.HV > problem.HQ << 16:
+        return f"B <= {MAX_GRID} and HV * HV / HQ <= 65536, got B={problem.B}, HV={problem.HV}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def configure(problem: Problem, device: Device) -> Config:
+    """The configuration, but for the dtypes and alignments that only the tensors show."""
+    p = problem
+    tile = 4 if p.T <= 4 or p.dtype == "float32" else 8
+    warps = next((w for w in (4, 2, 1) if p.DV % (16 * w) == 0), 4)
+    return Config(
+        dk=p.DK,
+        tile=tile,
+        loop=p.T == 0 or tile < p.T,
+        warps=warps,
+        io=p.dtype,
+        state=p.state,
+        layout=p.layout,
+        ragged=p.DV % (16 * warps) != 0,
+        l2norm=p.qk_l2norm,
+        update=p.update,
+        snapshots=p.snapshots,
+        record=p.record or "",
+    )

@@ -1,0 +1,82 @@
+"""Which back end runs a gated delta net call, and with which tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cutemoe.gdn import cute_plan
+from cutemoe.gdn.problem import Problem
+from cutemoe.runtime.backend import Backend, never, triton_unavailable
+from cutemoe.runtime.compile import cute_unavailable
+from cutemoe.runtime.device import Device
+
+MAX_HEAD = 512
+
+
+@dataclass(frozen=True)
+class GDNConfig:
+    """The tile of one program, a warp: rows of a state, cut into chunks of columns.
+
+    The lanes on a row, and so the order of every sum, depend on DK, the dtype of the state and the
+    layout alone: rows have the same bits whatever the batch and the number of rows in a tile.
+
+    Attributes:
+        block_v: rows of a tile.
+        rows: rows a chunk spreads over the lanes.
+        block_k: columns of a chunk.
+        vector: contiguous columns of a lane, 1 where the state's rows are contiguous ("kv").
+    """
+
+    block_v: int
+    rows: int
+    block_k: int
+    vector: int
+
+
+def refuse_triton(problem: Problem, device: Device) -> str | None:
+    """The Triton kernels keep whole rows in the registers of one warp."""
+    if problem.DK > MAX_HEAD:
+        return f"DK <= {MAX_HEAD}, got {problem.DK}"
+    return None
+
+
+def configure(problem: Problem, device: Device) -> GDNConfig:
+    """The tile for a problem.
+
+    Eight rows of 128 columns where states are written after every token or programs are few,
+    sixteen elsewhere (H200, HV=32, float32, T=4: 5.9 and 181 us against 6.3 and 185 with snapshots
+    at B=1 and 64; 93 against 85 with an update only).
+    """
+    columns = _power_of_2(problem.DK)
+    rows = problem.B * problem.HV * problem.DV
+    many = rows >= 256 * device.sm_count and not problem.snapshots
+    cells = 2048 if many else 1024
+    wide = 4 if problem.state == "float32" else 8
+    if problem.layout == "kv":
+        block_v = min(max(2048 // columns, 4), 16)
+        return GDNConfig(block_v, block_v, min(2 * wide, columns), 1)
+    vector = min(wide, columns)
+    block_k = min(8 * vector, columns)
+    rows = 32 * vector // block_k
+    return GDNConfig(max(min(cells // columns, 32), rows), rows, block_k, vector)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+CUTE = Backend(
+    "cute", "cutemoe.gdn.cute_launch:run", cute_unavailable, cute_plan.refuse, cute_plan.configure
+)
+DECODE = (
+    CUTE,
+    Backend("triton", "cutemoe.triton_kernels.gdn:run", triton_unavailable, refuse_triton,
+            configure),
+    Backend("reference", "cutemoe.gdn.reference:gdn_decode", never, never),
+)  # fmt: skip
+VERIFY = (
+    CUTE,
+    Backend("triton", "cutemoe.triton_kernels.gdn_verify:run", triton_unavailable, refuse_triton,
+            configure),
+    Backend("reference", "cutemoe.gdn.reference:gdn_verify", never, never),
+)  # fmt: skip

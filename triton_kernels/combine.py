@@ -1,0 +1,77 @@
+"""The weighted sum over the slots of a token: fixed order, float32, one rounding."""
+
+import torch
+import triton
+import triton.language as tl
+
+from cutemoe.triton_kernels import decode, launch
+
+
+@triton.jit
+def combine_slots(
+    y_ptr,  # float32 [T * K, H]
+    ids_ptr,
+    weights_ptr,
+    out_ptr,
+    H,
+    stride_it,
+    stride_wt,
+    stride_ot,
+    expert_offset,
+    E,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PORTABLE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[t] = sum over slots 0, 1, .. of weight * y; skipped slots are not read.
+
+    One program a token and block of BLOCK outputs.
+    """
+    launch.after_previous(PDL)
+    blocks = tl.cdiv(H, BLOCK)
+    pid = tl.program_id(0)
+    t = (pid // blocks).to(tl.int64)
+    offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        expert = tl.load(ids_ptr + t * stride_it + k)
+        live = (expert >= expert_offset) & (expert < expert_offset + E)
+        weight = tl.load(weights_ptr + t * stride_wt + k, mask=live, other=0.0)
+        row = y_ptr + (t * TOP_K + k) * H
+        y = tl.load(row + offs, mask=tl.where(live, offs, H) < H, other=0.0)
+        acc += tl.where(live, weight * y, 0.0)
+    value = decode.rounded(acc, out_ptr.dtype.element_ty, PORTABLE)
+    tl.store(out_ptr + t * stride_ot + offs, value, mask=offs < H)
+
+
+def combine(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    experts: int,
+    expert_offset: int,
+) -> None:
+    """out [T, H] from y float32 [T * K, H] in slot order, ids and weights [T, K]."""
+    tokens, hidden = out.shape
+    block = 512 if tokens <= 32 else 1024
+    block = min(block, max(16, triton.next_power_of_2(hidden)))
+    pdl = launch.has_pdl(out.device)
+    combine_slots[(tokens * triton.cdiv(hidden, block),)](
+        y,
+        ids,
+        weights,
+        out,
+        hidden,
+        ids.stride(0),
+        weights.stride(0),
+        out.stride(0),
+        expert_offset,
+        experts,
+        TOP_K=ids.shape[1],
+        BLOCK=block,
+        PORTABLE=launch.portable(),
+        PDL=pdl,
+        **launch.options(4, 1, pdl),
+    )

@@ -1,0 +1,161 @@
+"""Top-k routing in one kernel: choice, weights, renormalisation.
+
+A score and its expert become one integer key, the order of float32 with NaN on top and -0 equal to
+0, then the lower index; so each choice is one maximum, and ties need no second pass.
+"""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from cutemoe.moe.routing import RouteProblem
+from cutemoe.moe.tensors import RouteTensors
+from cutemoe.triton_kernels import launch, numeric
+
+if TYPE_CHECKING:
+    from cutemoe.moe.plan import RouteConfig
+
+
+@triton.jit
+def keys(score, index, inside):
+    """Sort keys int64 of float32 scores, -1 outside; greater is better, then the lower index."""
+    score = tl.where(score == 0, 0.0, score)
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+    ordered = tl.where(score == score, ordered, 4294967295).to(tl.int64)
+    return tl.where(inside, (ordered << 10) | (1023 - index).to(tl.int64), -1)
+
+
+@triton.jit
+def route_tokens(
+    logits_ptr,
+    bias_ptr,
+    ids_ptr,  # int32 [T, K]
+    weights_ptr,  # float32 [T, K]
+    stride_lt,
+    T,
+    E,
+    scale,
+    METHOD: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Experts and weights of BLOCK_T tokens a program; cutemoe/moe/routing.py says the meaning."""
+    launch.after_previous(PDL)
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    index = tl.arange(0, BLOCK_E)[None, :]
+    inside = (tokens < T)[:, None] & (index < E)
+    at = tokens.to(tl.int64)[:, None] * stride_lt + index
+    z = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if METHOD == "softmax_topk" or METHOD == "topk_softmax":
+        score = z
+        chosen_by = z
+    else:
+        score = numeric.sigmoid(z)
+        chosen_by = z
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + index, mask=index < E, other=0.0).to(tl.float32)
+            chosen_by = score + bias
+        elif METHOD == "grouped_sigmoid":
+            chosen_by = score
+    key = keys(chosen_by, index, inside)
+    if METHOD == "grouped_sigmoid":
+        kept = _kept(key, chosen_by, index, E, N_GROUP, TOPK_GROUP, BLOCK_T)
+        key = tl.where(kept, key, -1)
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    value = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(key, 1)[:, None]
+        hit = key == best
+        key = tl.where(hit, -1, key)
+        ids = tl.where(slot == k, (1023 - (best & 1023)).to(tl.int32), ids)
+        value = tl.where(slot == k, tl.sum(tl.where(hit, score, 0.0), 1)[:, None], value)
+    live = slot < TOP_K
+    if METHOD == "softmax_topk":
+        z = tl.where(index < E, z, float("-inf"))
+        top = tl.max(z, 1)[:, None]
+        total = tl.sum(numeric.exp(z - top), 1)[:, None]
+        value = tl.div_rn(numeric.exp(value - top), tl.broadcast_to(total, (BLOCK_T, BLOCK_K)))
+    elif METHOD == "topk_softmax":
+        value = tl.where(live, value, float("-inf"))
+        value = numeric.exp(value - tl.max(value, 1)[:, None])
+        total = tl.sum(value, 1)[:, None]
+        value = tl.div_rn(value, tl.broadcast_to(total, (BLOCK_T, BLOCK_K)))
+    if RENORMALIZE and METHOD != "topk_softmax":
+        total = tl.sum(tl.where(live, value, 0.0), 1)[:, None]
+        total = tl.where(total == 0, 1.0, total)
+        value = tl.div_rn(value, tl.broadcast_to(total, (BLOCK_T, BLOCK_K)))
+    out = tokens.to(tl.int64)[:, None] * TOP_K + slot
+    mask = (tokens < T)[:, None] & live
+    tl.store(ids_ptr + out, ids, mask=mask)
+    tl.store(weights_ptr + out, value * scale, mask=mask)
+
+
+@triton.jit
+def _kept(
+    key,
+    score,
+    index,
+    E,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Which experts belong to the TOPK_GROUP groups with the greatest sum of two best scores."""
+    size = E // N_GROUP
+    group = index // size
+    GROUPS: tl.constexpr = triton.next_power_of_2(N_GROUP)
+    groups = tl.arange(0, GROUPS)[None, :]
+    sums = tl.zeros((BLOCK_T, GROUPS), tl.float32)
+    for g in range(0, N_GROUP):
+        own = tl.where(group == g, key, -1)
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for _ in tl.static_range(2):
+            # a group of one has no second: -1 is no key, and nothing is added
+            best = tl.max(own, 1)[:, None]
+            hit = (own == best) & (best >= 0)
+            total += tl.sum(tl.where(hit, score, 0.0), 1)
+            own = tl.where(hit, -1, own)
+        sums = tl.where(groups == g, total[:, None], sums)
+    order = keys(sums, groups, groups < N_GROUP)
+    kept = group < 0
+    for _ in range(0, TOPK_GROUP):
+        best = tl.max(order, 1)[:, None]
+        order = tl.where(order == best, -1, order)
+        kept = kept | (group == (1023 - (best & 1023)).to(tl.int32))
+    return kept
+
+
+def run(problem: RouteProblem, config: "RouteConfig", t: RouteTensors) -> None:
+    """The Triton back end of `route`."""
+    if problem.tokens == 0:
+        return
+    pdl = launch.has_pdl(t.logits.device)
+    route_tokens[(triton.cdiv(problem.tokens, config.block_t),)](
+        t.logits,
+        t.bias,
+        t.ids,
+        t.weights,
+        t.logits.stride(0),
+        problem.tokens,
+        problem.experts,
+        float(problem.scale),
+        METHOD=problem.method,
+        RENORMALIZE=problem.renormalize,
+        TOP_K=problem.top_k,
+        N_GROUP=problem.n_group,
+        TOPK_GROUP=problem.topk_group,
+        BLOCK_T=config.block_t,
+        BLOCK_E=max(16, config.block_e),
+        BLOCK_K=triton.next_power_of_2(problem.top_k),
+        PDL=pdl,
+        **launch.options(config.warps, 1, pdl),
+    )
