@@ -27,7 +27,6 @@ drift); weights as exp of a difference of sums (NaN at g = 0).
 """
 
 import cuda.bindings.driver as cuda
-import cutlass
 import cutlass.cute as cute
 from cutlass import (
     BFloat16,
@@ -60,11 +59,11 @@ NORM_EPS = 1e-6
 class Lane:
     """Where this lane is: quad's first lane, g, t, its state rows and its result rows."""
 
-    def __init__(self, first, warp):
+    def __init__(self, first):
         lane = cute.arch.lane_idx()
         self.lane, self.g, self.t = lane, lane // 4, lane % 4
         self.quad = lane - self.t
-        self.first, self.warp = first, warp
+        self.first = first
         self.row = first + 2 * self.g
         self.out = first + 4 * self.t
 
@@ -91,7 +90,6 @@ class GatedDelta:
         self.held = Float32 if c.loop else self.dt
         self.native = self.exact and self.io is self.held
         self.fold_tile = 8 if self.exact else 4
-        self.staged = self.verify and c.wide[3]
 
     @cute.jit
     def __call__(
@@ -114,7 +112,7 @@ class GatedDelta:
             grid=[cute.ceil_div(DV, 16 * self.c.warps), HV, B],
             block=[32 * self.c.warps, 1, 1],
             min_blocks_per_mp=self.c.blocks,
-            preferred_smem_carveout=40 if self.staged else 0,
+            preferred_smem_carveout=0,
             stream=stream,
         )
 
@@ -131,9 +129,9 @@ class GatedDelta:
         head = Head(b, hv, hq, slot, hv == hq * group)
         if const_expr(self.c.ragged):
             if first < inputs[3].shape[3]:
-                self.rows(inputs, gates, mS, mI, draft, mAcc, scale, head, Lane(first, warp))
+                self.rows(inputs, gates, mS, mI, draft, mAcc, scale, head, Lane(first))
         else:
-            self.rows(inputs, gates, mS, mI, draft, mAcc, scale, head, Lane(first, warp))
+            self.rows(inputs, gates, mS, mI, draft, mAcc, scale, head, Lane(first))
 
     @cute.jit
     def rows(self, inputs, gates, mS, mI, draft, mAcc, scale, head, at):
@@ -208,9 +206,6 @@ class GatedDelta:
         if const_expr(self.verify):
             self.record(draft, rX, rP, r[0], log_g, head, at, t0, T, half)
         gK = self.narrow(mK[head.b, None, head.hq, None], 0)
-        e = [later[j] * r_k[j] for j in range(2)]
-        end = const_expr(4 * (c.tile - 1))
-        d = self.from_lane(before, end)
         steps = n if n < c.tile else Int32(c.tile)
         if const_expr(c.snapshots):
             rF = self.in_float32(rS)
@@ -222,12 +217,12 @@ class GatedDelta:
                 self.store_state(gS, rF, at)
         elif const_expr(c.update):
             rF = self.in_float32(rS)
-            self.advance(rF, gK, t0, steps, rP, end, e, d, at)
+            self.advance(rF, gK, t0, steps, rP, later, before, r[0], c.tile, at)
             if const_expr(not c.loop):
                 self.store_state(gS, rF, at)
         elif const_expr(c.loop):
             if n > c.tile:
-                self.advance(rS, gK, t0, steps, rP, end, e, d, at)
+                self.advance(rS, gK, t0, steps, rP, later, before, r[0], c.tile, at)
 
     # ---- the window: q, k, v and gates of a tile of tokens
 
@@ -297,26 +292,43 @@ class GatedDelta:
     @cute.jit
     def gram(self, rX):
         """x_g . x_n for the lane's two n: [k k, q k, -, q q] (tile 8) or [x x] (tile 4)."""
-        rD = [cute.make_rmem_tensor((4,), Float32) for _ in range(self.blocks)]
-        for n in range_constexpr(self.blocks):
-            rD[n].fill(0.0)
+        rD = self.sums(self.blocks)
         if const_expr(self.exact):
             atom = cute.make_mma_atom(MmaF16BF16Op(self.io, Float32, (16, 8, 16)))
             wX = [cute.recast_tensor(x, Uint32) for x in rX]
-            for k in range_constexpr(self.c.dk // 16):
-                rA = self.words_a(wX, k)
-                for n in range_constexpr(self.blocks):
-                    cute.mma_atom_call(atom, rD[n], rA, self.words_b(wX[n], k), rD[n])
+            for k in range_constexpr(0, self.c.dk // 16, 2):
+                rE = self.sums(self.blocks)
+                for i in range_constexpr(2):
+                    rA = self.words_a(wX, k + i)
+                    for n in range_constexpr(self.blocks):
+                        rB = self.words_b(wX[n], k + i)
+                        cute.mma_atom_call(atom, rE[n], rA, rB, rE[n])
+                self.gather(rD, rE)
         else:
             for ch in range_constexpr(self.chunks):
+                rE = self.sums(1)
                 for p in range_constexpr(self.vec // 2):
                     rA = self.floats_a(rX, p, ch)
                     rB, rL = self.split(rX[0][2 * p, ch], rX[0][2 * p + 1, ch])
-                    self.mma(rD[0], rA, rL)
-                    self.mma(rD[0], rA, rB)
+                    self.mma(rE[0], rA, rL)
+                    self.mma(rE[0], rA, rB)
+                self.gather(rD, rE)
             for j in range_constexpr(2):
                 rD[0][j] += rD[0][2 + j]
         return rD
+
+    def sums(self, n):
+        """Zeroed C fragments."""
+        rD = [cute.make_rmem_tensor((4,), Float32) for _ in range(n)]
+        for d in rD:
+            d.fill(0.0)
+        return rD
+
+    def gather(self, rD, rE):
+        """rD += rE, rounded to nearest; an mma truncates, so its chains are kept short."""
+        for d, e in zip(rD, rE, strict=False):
+            for i in range(4):
+                d[i] += e[i]
 
     def words_a(self, wX, k):
         """The A operand of 16 columns in 16 bits: k over q, or x over zeros."""
@@ -422,9 +434,7 @@ class GatedDelta:
     @cute.jit
     def products(self, rS, rX):
         """S x of vector g, rows 4 t + i, of every block: [i, block]."""
-        rD = [cute.make_rmem_tensor((4,), Float32) for _ in range(4)]
-        for i in range_constexpr(4):
-            rD[i].fill(0.0)
+        rD = self.sums(4)
         if const_expr(self.native):
             atom = cute.make_mma_atom(MmaF16BF16Op(self.io, Float32, (16, 8, 16)))
             wS, wX = cute.recast_tensor(rS, Uint32), [cute.recast_tensor(x, Uint32) for x in rX]
@@ -433,15 +443,19 @@ class GatedDelta:
                 for h in range_constexpr(2):
                     cute.mma_atom_call(atom, rD[h], rA, self.words_b(wS, k, h), rD[h])
         else:
-            for ch in range_constexpr(self.chunks):
-                for p in range_constexpr(self.vec // 2):
+            steps = const_expr(self.c.dk // 8)
+            for k in range_constexpr(0, steps, 4):
+                rE = self.sums(2)
+                for i in range_constexpr(4):
+                    ch, p = (k + i) // (self.vec // 2), (k + i) % (self.vec // 2)
                     rA = self.floats_a(rX, p, ch)
                     for h in range_constexpr(2):
                         x = [self.number(rS, 2 * p + e, h, ch) for e in range(2)]
                         rB, rL = self.split(*x)
                         if const_expr(self.held is Float32):
                             self.mma(rD[2 + h], rA, rL)
-                        self.mma(rD[h], rA, rB)
+                        self.mma(rE[h], rA, rB)
+                self.gather(rD, rE)
         rP = cute.make_rmem_tensor((4, self.blocks), Float32)
         for h in range_constexpr(2):
             for j in range_constexpr(2):
@@ -489,15 +503,51 @@ class GatedDelta:
     # ---- the state moves on
 
     @cute.jit
-    def advance(self, rF, gK, t0, steps, rU, end, e, d, at):
-        """rF <- D rF + sum of the decayed u k^T of some tokens, in their order."""
-        for ch in range_constexpr(self.chunks):
+    def advance(self, rF, gK, t0, steps, rU, later, before, r, tile, at):
+        """rF <- D rF + sum of the decayed u k^T of up to 8 tokens: a product, then one FMA each.
+
+        Its C fragments are the lane's rows by columns 4 vec ch + vec t + (p, vec / 2 + p).
+        """
+        end = const_expr(4 * (tile - 1))
+        tau = at.g % tile
+        even = self.from_lane(later[0], end + tau // 2)
+        odd = self.from_lane(later[1], end + tau // 2)
+        e = (even if tau % 2 == 0 else odd) * r
+        d = self.from_lane(before, end)
+        u = cute.make_rmem_tensor((4,), Float32)
+        for i in range_constexpr(4):
+            u[i] = rU[i, 0] * e if at.g < steps else Float32(0)
+        rH, rL = cute.make_rmem_tensor((4,), Float32), cute.make_rmem_tensor((4,), Float32)
+        rH.fill(0.0)
+        rL.fill(0.0)
+        rK = []
+        for half in range_constexpr(tile // 4):
+            s = at.t + 4 * half
             for h in range_constexpr(2):
-                for j in range_constexpr(self.vec):
-                    rF[j, h, ch] = rF[j, h, ch] * d
-        for s in range(steps):
-            x = e[0] if s % 2 == 0 else e[1]
-            self.add(rF, gK, t0 + s, rU, s, self.from_lane(x, end + s // 2), None, at)
+                x0 = self.from_lane(u[h], 4 * s + at.g // 2)
+                x1 = self.from_lane(u[2 + h], 4 * s + at.g // 2)
+                x = x0 if at.g % 2 == 0 else x1
+                rH[2 * half + h] = self.nearest(x)
+                rL[2 * half + h] = x - rH[2 * half + h]
+            gX = gK[t0 + (s if s < steps else steps - 1), None]
+            rK.append(cute.make_rmem_tensor((self.vec // 2, self.chunks), gK.element_type))
+            for ch in range_constexpr(self.chunks):
+                src = cute.local_tile(gX, (self.vec // 2,), (8 * ch + at.g,))
+                cute.autovec_copy(src, rK[half][None, ch])
+        for ch in range_constexpr(self.chunks):
+            for p in range_constexpr(self.vec // 2):
+                k = [self.number(x, p, ch) for x in rK] + [Float32(0)]
+                rB, rBL = self.split(k[0], k[1])
+                rD = cute.make_rmem_tensor((4,), Float32)
+                rD.fill(0.0)
+                if const_expr(not self.exact):
+                    self.mma(rD, rH, rBL)
+                self.mma(rD, rL, rB)
+                self.mma(rD, rH, rB)
+                for h in range_constexpr(2):
+                    for j in range_constexpr(2):
+                        i = const_expr(self.vec // 2 * j + p)
+                        rF[i, h, ch] = cute.math.fma(rF[i, h, ch], d, rD[2 * h + j])
 
     @cute.jit
     def add(self, rF, gK, t, rU, s, e, g, at):
@@ -529,7 +579,6 @@ class GatedDelta:
         wanted = mAcc[head.b]
         half, n = mark & 1, mark >> 1
         n = Int32(wanted) if wanted < n else n
-        sK = self.stage(mK.element_type, at)
         if n > 0:
             gK = self.narrow(mK[slot, half, None, head.hq, None], 3)
             rF = self.in_float32(rS)
@@ -538,24 +587,13 @@ class GatedDelta:
                 left = n - t0 - 1
                 tau = at.g % tile
                 s = t0 + (tau if tau < left else left)
-                if const_expr(self.staged):
-                    self.copy_async(gK[s, None], sK, tau, at)
                 g = cute.math.exp(mG[slot, half, s, hv])
                 g = g if tau <= left else Float32(1)
                 r = mR[slot, half, s, head.hq]
                 self.get_quad(mU[slot, s, hv, None], rU[None, 0], at)
                 later, before = self.decays(g, tau, at)
-                e = [later[j] * self.from_lane(r, 8 * at.t + 4 * j) for j in range(2)]
-                end = const_expr(4 * (tile - 1))
-                d = self.from_lane(before, end)
                 steps = left + 1 if left < tile else Int32(tile)
-                if const_expr(self.staged):
-                    cute.arch.cp_async_wait_group(0)
-                    cute.arch.sync_warp()
-                    self.advance(rF, sK, 0, steps, rU, end, e, d, at)
-                    cute.arch.sync_warp()
-                else:
-                    self.advance(rF, gK, t0, steps, rU, end, e, d, at)
+                self.advance(rF, gK, t0, steps, rU, later, before, r, tile, at)
             self.store_state(gS, rF, at)
             for ch in range_constexpr(self.chunks):
                 for h in range_constexpr(2):
@@ -565,27 +603,6 @@ class GatedDelta:
                             x = self.held(self.dt(x))
                         rS[j, h, ch] = x
         return half
-
-    def stage(self, dtype, at):
-        """This warp's shared memory for recorded keys, [tokens, DK]."""
-        if not self.staged:
-            return None
-        shape = (self.c.dk, self.fold_tile, self.c.warps)
-        smem = cutlass.memory.SmemAllocator()
-        sK = smem.allocate_tensor(dtype, cute.make_layout(shape), 16)[None, None, at.warp]
-        return cute.make_tensor(sK.iterator, cute.make_layout(shape[1::-1], stride=(self.c.dk, 1)))
-
-    @cute.jit
-    def copy_async(self, gX, sK, row, at):
-        """A quad's row of recorded keys on its way to shared memory."""
-        atom = cute.make_copy_atom(
-            cute.nvgpu.cpasync.CopyG2SOp(), gX.element_type, num_bits_per_copy=128
-        )
-        vec = const_expr(128 // gX.element_type.width)
-        for i in range_constexpr(self.c.dk // (4 * vec)):
-            src = cute.local_tile(gX, (vec,), (4 * i + at.t,))
-            cute.copy(atom, src, cute.local_tile(sK[row, None], (vec,), (4 * i + at.t,)))
-        cute.arch.cp_async_commit_group()
 
     @cute.jit
     def record(self, draft, rX, rU, r_k, log_g, head, at, t0, T, half):
@@ -744,6 +761,10 @@ class GatedDelta:
     def high(self, x):
         """x cut to the 11 significant bits of TF32, so that x - high(x) is exact."""
         return (x.bitcast(Uint32) & Uint32(0xFFFFE000)).bitcast(Float32)
+
+    def nearest(self, x):
+        """x rounded to TF32."""
+        return ((x.bitcast(Uint32) + Uint32(0x1000)) & Uint32(0xFFFFE000)).bitcast(Float32)
 
     def in_float32(self, rS):
         """The tile as float32 registers; the tile itself where it is."""

@@ -255,8 +255,7 @@ def pack(
     w: QuantizedTensor, compute: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scales and the factor [G] of the accumulator, of weights that `refuse` accepts."""
-    k, group = w.shape[-1], w.group_size
-    assert group is not None
+    k, group = w.shape[-1], w.group_size or 0
     codes = pack_codes(w.data, "int4" if w.format == "int4" else compute)
     if w.format == "int4":
         return codes, pack_planes(w.scale.to(torch.float32), k, group), None

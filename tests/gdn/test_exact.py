@@ -70,9 +70,9 @@ def test_every_bit(target, B, T, shape, dtype, layout, raw, seed):
 
 
 @pytest.mark.parametrize("shape", NATIVE, ids=str)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_every_bit_at_the_head_sizes_of_real_models(target, shape, seed):
-    check(target, Case(1, 3, shape, torch.bfloat16, seed=seed))
+def test_every_bit_at_the_head_sizes_of_real_models(target, shape):
+    for seed in range(1 if target.device == "cpu" else 5):
+        check(target, Case(1, 2, shape, torch.bfloat16, seed=seed))
 
 
 def test_an_orthonormal_key_stores_its_value(target):

@@ -100,10 +100,12 @@ def test_states_have_the_bits_of_decoding(target, case, rounds, compact, kind, s
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_head_sizes_of_real_models(target, shape, state, dtype):
+    if target.device == "cpu" and shape != NATIVE[-1]:
+        pytest.skip("half a minute each in the interpreter")
     case = Case(B=2 if target.device == "cuda" else 1, T=0, shape=shape, dtype=dtype, state=state)
     twin = Twin(target, case, 8, dtype)
     g = draw.generator(3)
-    for i, T in enumerate((2, 1, 2) if target.device == "cpu" else (4, 8, 1, 5, 8, 0, 3)):
+    for i, T in enumerate((2, 1) if target.device == "cpu" else (4, 8, 1, 5, 8, 0, 3)):
         accepted = torch.randint(0, twin.length + 1, (case.B,), generator=g)
         twin.round(T, accepted, 100 * i)
     twin.flush(torch.full((case.B,), 9))
