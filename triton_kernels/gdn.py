@@ -276,6 +276,7 @@ def gdn_decode_kernel(
     next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
     if snap.ptr is not None:
         snap_ptr = snap.ptr + b * snap.b + h * snap.h
+    tl.assume(T <= 8)
     for start in range(0, T, 8):
         ts = start + tl.arange(0, 8)
         log_g, beta = gates(decay, write, gate, b, h, ts, T)

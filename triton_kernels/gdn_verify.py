@@ -170,6 +170,7 @@ def gdn_verify_kernel(
         S = rounded(S, state.ptr.dtype.element_ty)
     if TOKENS:
         records_k = (tile == 0) & (head % GROUP == 0)
+        tl.assume(T <= 8)
         for start in range(0, T, 8):
             ts = start + tl.arange(0, 8)
             log_g, beta = gates(decay, write, gate, b, h, ts, T)

@@ -2,7 +2,7 @@
 
 | launch | reads | writes |
 |---|---|---|
-| sort_slots | ids | sorted_slots, expert_start, tiles, tile_count |
+| sort_slots, or count_chunks and place_chunks | ids | sorted_slots, expert_start, tiles, tile_count |
 | quantize_rows (fp8, nvfp4) | x | xq, scales |
 | expert_gemm FC1 | x by sorted_slots // K, or xq; w13 | mid in sorted order |
 | quantize_rows (fp8, nvfp4) | mid | midq, scales |
@@ -38,7 +38,8 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
         buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=t.x.device)
     w = plan.views(buffer)
     rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
-    sort.sort(t.ids, problem.experts, problem.expert_offset, config.block_m, *rows)
+    # y is free until FC2
+    sort.sort(t.ids, problem.experts, problem.expert_offset, config.block_m, rows, w["y"])
     mid = _fc1(problem, config, t, w, rows)
     _fc2(problem, config, t, w, rows, mid)
     combine.combine(w["y"], t.ids, t.weights, t.out, problem.experts, problem.expert_offset)

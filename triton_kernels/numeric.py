@@ -53,7 +53,8 @@ def decode_e4m3(code):
     value = (((c & 0x7F) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     value = tl.where((c & 0x78) == 0, (c & 7).to(tl.float32) * 0.001953125, value)
     value = tl.where((c & 0x7F) == 0x7F, float("nan"), value)
-    return tl.where((c & 0x80) != 0, -value, value)
+    # -value would be 0 - value, which loses the sign of 0
+    return tl.where((c & 0x80) != 0, value * -1.0, value)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
-"""From expert ids to sorted rows and tiles of rows: one kernel, one program an expert.
+"""From expert ids to sorted rows and tiles of rows; no atomics, the same bits in every run.
 
-Every program counts all ids, so it knows where its rows and its tiles start without waiting for
-another; then it writes its own. No atomics on memory, the same bits in every run.
+Few rows: one kernel, one program an expert. Every program counts all ids, so it knows where its
+rows and its tiles start without waiting for another; then it writes its own. A launch costs more
+than counting again.
 
-Rejected: one program for everything (its scan is serial), and a histogram kernel before a scatter
-kernel (a launch costs more than counting twice).
+Many rows: the ids are cut into chunks. One kernel counts the ids of each chunk; in the next every
+program adds the counts up and places the ids of its chunk.
 """
 
 import torch
@@ -13,8 +14,11 @@ import triton.language as tl
 
 from cutemoe.triton_kernels import launch
 
-# ids a program looks at together
-_BLOCK = 2048
+# most rows for one kernel; measured on one H200, 2026-11: 2.6 us at 384 rows, 19 us at 6144
+_FEW = 2048
+# ids ranked together, and most chunks
+_STEP = 128
+_CHUNKS = 128
 
 
 @triton.jit
@@ -32,45 +36,111 @@ def sort_slots(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
-    ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Slots of every expert in ascending order, where each expert starts, and the tiles.
 
-    Ids outside expert_offset .. expert_offset + E - 1 are skipped. ONCE: BLOCK >= R.
+    Ids outside expert_offset .. expert_offset + E - 1 are skipped. BLOCK >= R; program: expert.
     """
     launch.after_previous(PDL)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    offs = tl.arange(0, BLOCK)
+    slots = tl.arange(0, BLOCK)
+    local, live = _local_ids(ids_ptr, stride_it, slots, R, top_k, expert_offset, E)
+    counts = tl.histogram(local, BINS, mask=live)
+    start = tl.sum(tl.where(bins < expert, counts, 0))
+    _write_expert(start_ptr, tiles_ptr, count_ptr, counts, bins, expert, start, E, TILE)
+    own = live & (local == expert)
+    rank = tl.cumsum(own.to(tl.int32), 0) - 1
+    tl.store(sorted_ptr + start + rank, slots, mask=own)
+
+
+@triton.jit
+def count_chunks(
+    ids_ptr,
+    stride_it,
+    counts_ptr,  # int32 [chunks, E]
+    R,
+    top_k,
+    expert_offset,
+    E,
+    steps,
+    STEP: tl.constexpr,
+    BINS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """How many ids of every expert a chunk of steps * STEP ids has; program: chunk."""
+    launch.after_previous(PDL)
+    chunk = tl.program_id(0)
+    bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
-    local, live = _local_ids(ids_ptr, stride_it, offs, R, top_k, expert_offset, E)
-    if ONCE:
+    for step in range(0, steps):
+        slots = (chunk * steps + step) * STEP + tl.arange(0, STEP)
+        local, live = _local_ids(ids_ptr, stride_it, slots, R, top_k, expert_offset, E)
         counts += tl.histogram(local, BINS, mask=live)
-    else:
-        for first in range(0, R, BLOCK):
-            local, live = _local_ids(ids_ptr, stride_it, first + offs, R, top_k, expert_offset, E)
-            counts += tl.histogram(local, BINS, mask=live)
-    before = bins < expert
-    start = tl.sum(tl.where(before, counts, 0))
+    tl.store(counts_ptr + chunk * E + bins, counts, mask=bins < E)
+
+
+@triton.jit
+def place_chunks(
+    ids_ptr,
+    stride_it,
+    counts_ptr,
+    sorted_ptr,
+    start_ptr,
+    tiles_ptr,
+    count_ptr,
+    R,
+    top_k,
+    expert_offset,
+    E,
+    steps,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    BINS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What sort_slots does, from the counts of every chunk; program: chunk."""
+    launch.after_previous(PDL)
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    bins = tl.arange(0, BINS)
+    total = tl.zeros((BINS,), tl.int32)
+    earlier = tl.zeros((BINS,), tl.int32)
+    for first in range(0, chunks, 8):
+        c = first + tl.arange(0, 8)[:, None]
+        mask = (c < chunks) & (bins < E)[None, :]
+        counts = tl.load(counts_ptr + c * E + bins[None, :], mask=mask, other=0)
+        total += tl.sum(counts, 0)
+        earlier += tl.sum(tl.where(c < chunk, counts, 0), 0)
+    starts = tl.cumsum(total, 0) - total
+    for expert in range(chunk, E, chunks):
+        start = tl.sum(tl.where(bins == expert, starts, 0))
+        _write_expert(start_ptr, tiles_ptr, count_ptr, total, bins, expert, start, E, TILE)
+    base = starts + earlier
+    at = tl.arange(0, STEP)
+    for step in range(0, steps):
+        slots = (chunk * steps + step) * STEP + at
+        local, live = _local_ids(ids_ptr, stride_it, slots, R, top_k, expert_offset, E)
+        key = tl.where(live, local, -1)
+        same = (key[:, None] == tl.reshape(key, (1, STEP))) & (at[None, :] < at[:, None])
+        rank = tl.sum(same.to(tl.int32), 1)
+        tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, slots, mask=live)
+        base += tl.histogram(local, BINS, mask=live)
+
+
+@triton.jit
+def _write_expert(
+    start_ptr, tiles_ptr, count_ptr, counts, bins, expert, start, E, TILE: tl.constexpr
+):
+    """Start and tiles of one expert, and behind the last the ends, from the counts of all."""
     mine = tl.sum(tl.where(bins == expert, counts, 0))
-    tile = tl.sum(tl.where(before, tl.cdiv(counts, TILE), 0))
+    tile = tl.sum(tl.where(bins < expert, tl.cdiv(counts, TILE), 0))
     _write_tiles(tiles_ptr, tile, expert, start, mine, TILE)
     tl.store(start_ptr + expert, start)
     if expert == E - 1:
         tl.store(start_ptr + E, start + mine)
         tl.store(count_ptr, tile + tl.cdiv(mine, TILE))
-    if ONCE:
-        own = live & (local == expert)
-        rank = tl.cumsum(own.to(tl.int32), 0) - 1
-        tl.store(sorted_ptr + start + rank, offs, mask=own)
-    else:
-        for first in range(0, R, BLOCK):
-            local, live = _local_ids(ids_ptr, stride_it, first + offs, R, top_k, expert_offset, E)
-            own = live & (local == expert)
-            rank = tl.cumsum(own.to(tl.int32), 0) - 1
-            tl.store(sorted_ptr + start + rank, first + offs, mask=own)
-            start += tl.sum(own.to(tl.int32))
 
 
 @triton.jit
@@ -143,30 +213,65 @@ def sort(
     experts: int,
     expert_offset: int,
     tile: int,
-    sorted_slots: torch.Tensor,
-    expert_start: torch.Tensor,
-    tiles: torch.Tensor,
-    tile_count: torch.Tensor,
+    rows: tuple[torch.Tensor, ...],
+    scratch: torch.Tensor,
 ) -> None:
-    """Fills the four int32 outputs (workspace.py says what they are) for ids [T, K]."""
-    rows, top_k = ids.numel(), ids.shape[1]
-    block = max(64, min(_BLOCK, triton.next_power_of_2(rows)))
+    """Sorts ids [T, K] by expert.
+
+    Args:
+        tile: most rows of a tile.
+        rows: sorted_slots, expert_start, tiles and tile_count, int32; workspace.py has the shapes.
+        scratch: memory of at least R * E / 128 + E elements of four bytes, for many rows.
+    """
+    sorted_slots, expert_start, tiles, tile_count = rows
+    total, top_k = ids.numel(), ids.shape[1]
     pdl = launch.has_pdl(ids.device)
-    sort_slots[(experts,)](
+    bins = max(2, triton.next_power_of_2(experts))
+    if total <= _FEW:
+        sort_slots[(experts,)](
+            ids,
+            ids.stride(0),
+            sorted_slots,
+            expert_start,
+            tiles,
+            tile_count,
+            total,
+            top_k,
+            expert_offset,
+            experts,
+            TILE=tile,
+            BLOCK=max(64, triton.next_power_of_2(total)),
+            BINS=bins,
+            PDL=pdl,
+            **launch.options(4, 1, pdl),
+        )
+        return
+    steps = triton.cdiv(total, _STEP * _CHUNKS)
+    chunks = triton.cdiv(total, _STEP * steps)
+    counts = scratch.view(-1).view(torch.int32)[: chunks * experts]
+    numbers = (total, top_k, expert_offset, experts, steps)
+    count_chunks[(chunks,)](
         ids,
         ids.stride(0),
+        counts,
+        *numbers,
+        STEP=_STEP,
+        BINS=bins,
+        PDL=pdl,
+        **launch.options(4, 1, pdl),
+    )
+    place_chunks[(chunks,)](
+        ids,
+        ids.stride(0),
+        counts,
         sorted_slots,
         expert_start,
         tiles,
         tile_count,
-        rows,
-        top_k,
-        expert_offset,
-        experts,
+        *numbers,
         TILE=tile,
-        BLOCK=block,
-        BINS=max(2, triton.next_power_of_2(experts)),
-        ONCE=block >= rows,
+        STEP=_STEP,
+        BINS=bins,
         PDL=pdl,
         **launch.options(4, 1, pdl),
     )

@@ -3,8 +3,9 @@
 import cutlass.cute as cute
 from cutlass import Float32, Int16, Int32
 
-from cutemoe.gdn.cute_delta import TYPES, GatedDelta
+from cutemoe.gdn.cute_delta import GatedDelta
 from cutemoe.gdn.cute_plan import Config
+from cutemoe.gdn.cute_rows import TYPES
 
 
 def build(c: Config, options: str = ""):

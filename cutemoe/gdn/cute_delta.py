@@ -28,68 +28,16 @@ drift); weights as exp of a difference of sums (NaN at g = 0).
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import (
-    BFloat16,
-    Float16,
-    Float32,
-    Float64,
-    Int16,
-    Int32,
-    Int64,
-    TFloat32,
-    Uint32,
-    const_expr,
-    range_constexpr,
-)
-from cutlass.cute.nvgpu.warp import MmaF16BF16Op, MmaTF32Op
+from cutlass import Float32, Int16, Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass.cute.nvgpu.warp import MmaF16BF16Op
 
-from cutemoe.gdn.cute_plan import Config
+from cutemoe.gdn.cute_rows import Head, Lane, Rows
 
-TYPES = {
-    "bfloat16": BFloat16,
-    "float16": Float16,
-    "float32": Float32,
-    "float64": Float64,
-    "int32": Int32,
-    "int64": Int64,
-}
 NORM_EPS = 1e-6
 
 
-class Lane:
-    """Where this lane is: quad's first lane, g, t, its state rows and its result rows."""
-
-    def __init__(self, first):
-        lane = cute.arch.lane_idx()
-        self.lane, self.g, self.t = lane, lane // 4, lane % 4
-        self.quad = lane - self.t
-        self.first = first
-        self.row = first + 2 * self.g
-        self.out = first + 4 * self.t
-
-
-class Head:
-    """Which sequence, heads and slot this warp works for; `leads` its group of v heads."""
-
-    def __init__(self, b, hv, hq, slot, leads):
-        self.b, self.hv, self.hq, self.slot, self.leads = b, hv, hq, slot, leads
-
-
-class GatedDelta:
+class GatedDelta(Rows):
     """The kernel for one Config."""
-
-    def __init__(self, c: Config):
-        self.c = c
-        self.io, self.dt = TYPES[c.io], TYPES[c.state]
-        self.vk = c.layout == "vk"
-        self.verify = c.record != ""
-        self.vec = 128 // self.dt.width if self.vk else 4
-        self.chunks = c.dk // (4 * self.vec)
-        self.exact = self.io.width == 16
-        self.blocks = c.tile // 4
-        self.held = Float32 if c.loop else self.dt
-        self.native = self.exact and self.io is self.held
-        self.fold_tile = 8 if self.exact else 4
 
     @cute.jit
     def __call__(
@@ -258,20 +206,6 @@ class GatedDelta:
             rG[3] = Float32(gates[3][hv])
         self.get_quad(self.narrow(mV[b, None, hv, None], 1)[t, None], rV, at)
 
-    def alignment(self, which, dtype):
-        """Bytes at which a vector of this kind of tensor may be accessed."""
-        size = dtype.width // 8
-        if not self.c.wide[which]:
-            return size
-        return (min(16, self.vec * size), 4 * size, 16 if self.vk else 2 * size, 16)[which]
-
-    @cute.jit
-    def load_row(self, gX, rX, at):
-        """This lane's columns of a row of DK numbers."""
-        for ch in range_constexpr(self.chunks):
-            src = cute.local_tile(gX, (self.vec,), (4 * ch + at.t,))
-            cute.autovec_copy(src, rX[None, ch])
-
     @cute.jit
     def gate(self, rG):
         """log g and beta of the lane's token; log g is 0 where a factor of it is."""
@@ -303,7 +237,7 @@ class GatedDelta:
                     for n in range_constexpr(self.blocks):
                         rB = self.words_b(wX[n], k + i)
                         cute.mma_atom_call(atom, rE[n], rA, rB, rE[n])
-                self.gather(rD, rE)
+                self.gather(rD, rE, k == 0)
         else:
             for ch in range_constexpr(self.chunks):
                 rE = self.sums(1)
@@ -312,23 +246,10 @@ class GatedDelta:
                     rB, rL = self.split(rX[0][2 * p, ch], rX[0][2 * p + 1, ch])
                     self.mma(rE[0], rA, rL)
                     self.mma(rE[0], rA, rB)
-                self.gather(rD, rE)
+                self.gather(rD, rE, ch == 0)
             for j in range_constexpr(2):
                 rD[0][j] += rD[0][2 + j]
         return rD
-
-    def sums(self, n):
-        """Zeroed C fragments."""
-        rD = [cute.make_rmem_tensor((4,), Float32) for _ in range(n)]
-        for d in rD:
-            d.fill(0.0)
-        return rD
-
-    def gather(self, rD, rE):
-        """rD += rE, rounded to nearest; an mma truncates, so its chains are kept short."""
-        for d, e in zip(rD, rE, strict=False):
-            for i in range(4):
-                d[i] += e[i]
 
     def words_a(self, wX, k):
         """The A operand of 16 columns in 16 bits: k over q, or x over zeros."""
@@ -367,19 +288,6 @@ class GatedDelta:
                 if self.blocks == 2:
                     rA[2 * e + 1] = self.number(rX[1], 2 * p + e, ch)
         return rA
-
-    def split(self, x0, x1):
-        """The B operand of two float32 numbers, and that of what TF32 leaves of them."""
-        rB, rL = (cute.make_rmem_tensor((2,), Float32) for _ in range(2))
-        for e, x in enumerate((x0, x1)):
-            rB[e] = self.high(x)
-            rL[e] = x - self.high(x)
-        return rB, rL
-
-    def mma(self, rD, rA, rB):
-        atom = cute.make_mma_atom(MmaTF32Op((16, 8, 8)))
-        a, b = cute.recast_tensor(rA, TFloat32), cute.recast_tensor(rB, TFloat32)
-        cute.mma_atom_call(atom, rD, a, b, rD)
 
     @cute.jit
     def norms(self, rD, scale, at):
@@ -455,7 +363,7 @@ class GatedDelta:
                         if const_expr(self.held is Float32):
                             self.mma(rD[2 + h], rA, rL)
                         self.mma(rE[h], rA, rB)
-                self.gather(rD, rE)
+                self.gather(rD, rE, k == 0)
         rP = cute.make_rmem_tensor((4, self.blocks), Float32)
         for h in range_constexpr(2):
             for j in range_constexpr(2):
@@ -627,152 +535,3 @@ class GatedDelta:
                         cute.autovec_copy(rK, cute.local_tile(gK, (self.vec,), (4 * ch + at.t,)))
                     if at.t == 0:
                         mR[slot, half, t, hq] = r_k
-
-    # ---- memory
-
-    def narrow(self, gX, which=None):
-        """The same view with 32-bit strides, which one head of one sequence fits."""
-        dtype = gX.element_type
-        div = 1 if which is None else self.alignment(which, dtype) * 8 // dtype.width
-        stride = [x if isinstance(x, int) else cute.assume(Int32(x), divby=div) for x in gX.stride]
-        return cute.make_tensor(gX.iterator, cute.make_layout(gX.shape, stride=tuple(stride)))
-
-    @cute.jit
-    def inside(self, at, h, DV):
-        """Row h of the lane exists."""
-        return not self.c.ragged or at.row + h < DV
-
-    def whole(self, which):
-        """Rows may be accessed as vectors."""
-        return self.c.wide[which] and not self.c.ragged
-
-    @cute.jit
-    def get_quad(self, gX, rX, at):
-        """Four rows of a vector of DV; a row past the end reads the last one."""
-        if const_expr(self.whole(1)):
-            cute.autovec_copy(cute.local_tile(gX, (4,), (at.out // 4,)), rX)
-        else:
-            DV = gX.shape[0]
-            for i in range_constexpr(4):
-                rX[i] = gX[at.out + i if at.out + i < DV else DV - 1]
-
-    @cute.jit
-    def put_quad(self, gX, rX, at):
-        if const_expr(self.whole(1)):
-            cute.autovec_copy(rX, cute.local_tile(gX, (4,), (at.out // 4,)))
-        else:
-            for i in range_constexpr(4):
-                if at.out + i < gX.shape[0]:
-                    gX[at.out + i] = rX[i]
-
-    @cute.jit
-    def load_state(self, gS, rS, at):
-        """The tile; rows past the end repeat the last one."""
-        DV = gS.shape[0] if const_expr(self.vk) else gS.shape[1]
-        rX = cute.make_rmem_tensor((self.vec,) if self.vk else (2,), self.dt)
-        if const_expr(self.vk):
-            for h in range_constexpr(2):
-                r = at.row + h
-                if const_expr(self.c.ragged):
-                    r = r if r < DV else DV - 1
-                for ch in range_constexpr(self.chunks):
-                    src = cute.local_tile(gS[r, None], (self.vec,), (4 * ch + at.t,))
-                    if const_expr(self.held is self.dt):
-                        self.read(src, rS[None, h, ch])
-                    else:
-                        self.read(src, rX)
-                        for j in range_constexpr(self.vec):
-                            rS[j, h, ch] = self.number(rX, j)
-        else:
-            for ch in range_constexpr(self.chunks):
-                for j in range_constexpr(self.vec):
-                    gX = gS[(4 * ch + at.t) * self.vec + j, None]
-                    if const_expr(self.whole(2)):
-                        cute.autovec_copy(cute.local_tile(gX, (2,), (at.row // 2,)), rX)
-                    else:
-                        for h in range_constexpr(2):
-                            rX[h] = gX[at.row + h if at.row + h < DV else DV - 1]
-                    for h in range_constexpr(2):
-                        rS[j, h, ch] = self.held(rX[h])
-
-    @cute.jit
-    def store_state(self, gS, rF, at):
-        """The tile in the pool's type."""
-        DV = gS.shape[0] if const_expr(self.vk) else gS.shape[1]
-        rX = cute.make_rmem_tensor((self.vec,) if self.vk else (2,), self.dt)
-        if const_expr(self.vk):
-            for h in range_constexpr(2):
-                if self.inside(at, h, DV):
-                    for ch in range_constexpr(self.chunks):
-                        for j in range_constexpr(self.vec):
-                            rX[j] = self.dt(rF[j, h, ch])
-                        gX = cute.local_tile(gS[at.row + h, None], (self.vec,), (4 * ch + at.t,))
-                        self.write(rX, gX)
-        else:
-            for ch in range_constexpr(self.chunks):
-                for j in range_constexpr(self.vec):
-                    gX = gS[(4 * ch + at.t) * self.vec + j, None]
-                    for h in range_constexpr(2):
-                        rX[h] = self.dt(rF[j, h, ch])
-                    if const_expr(self.whole(2)):
-                        cute.autovec_copy(rX, cute.local_tile(gX, (2,), (at.row // 2,)))
-                    else:
-                        for h in range_constexpr(2):
-                            if at.row + h < DV:
-                                gX[at.row + h] = rX[h]
-
-    def read(self, gX, rX):
-        """16 bytes of a state, which nobody needs again; fetches the line it is in."""
-        if not self.c.wide[2]:
-            return cute.autovec_copy(gX, rX)
-        atom = cute.make_copy_atom(
-            cute.nvgpu.CopyG2ROp(),
-            self.dt,
-            num_bits_per_copy=128,
-            l1c_evict_priority=cute.nvgpu.CacheEvictionPriority.EVICT_FIRST,
-            l2_prefetch_size=cute.nvgpu.L2PrefetchSize.SIZE_128B,
-        )
-        cute.copy(atom, gX, rX)
-
-    def write(self, rX, gX):
-        """16 bytes of a state, streamed."""
-        if not self.c.wide[2]:
-            return cute.autovec_copy(rX, gX)
-        atom = cute.make_copy_atom(
-            cute.nvgpu.CopyR2GOp(),
-            self.dt,
-            num_bits_per_copy=128,
-            store_cache_mode=cute.nvgpu.StoreCacheMode.STREAMING,
-        )
-        cute.copy(atom, rX, gX)
-
-    # ---- numbers
-
-    def from_lane(self, x, lane):
-        return cute.arch.shuffle_sync(x, lane)
-
-    def number(self, rX, j, *where):
-        """Element j as float32; a bfloat16 by its bits, which costs one instruction."""
-        if rX.element_type is BFloat16:
-            w = cute.recast_tensor(rX, Uint32)[(j // 2, *where) if where else j // 2]
-            return (w & Uint32(0xFFFF0000) if j % 2 else w << 16).bitcast(Float32)
-        return Float32(rX[(j, *where) if where else j])
-
-    def high(self, x):
-        """x cut to the 11 significant bits of TF32, so that x - high(x) is exact."""
-        return (x.bitcast(Uint32) & Uint32(0xFFFFE000)).bitcast(Float32)
-
-    def nearest(self, x):
-        """x rounded to TF32."""
-        return ((x.bitcast(Uint32) + Uint32(0x1000)) & Uint32(0xFFFFE000)).bitcast(Float32)
-
-    def in_float32(self, rS):
-        """The tile as float32 registers; the tile itself where it is."""
-        if self.held is Float32:
-            return rS
-        rF = cute.make_rmem_tensor((self.vec, 2, self.chunks), Float32)
-        for ch in range(self.chunks):
-            for h in range(2):
-                for j in range(self.vec):
-                    rF[j, h, ch] = self.number(rS, j, h, ch)
-        return rF

@@ -50,6 +50,10 @@ def grouped_gemm(
     Raises:
         InvalidCall: a malformed argument; nothing was written.
         Unsupported: no back end runs this here; the message has every reason.
+
+    >>> x, w = torch.ones(3, 4).half(), torch.tensor([[[1, 1, 1, 1]], [[2, 2, 2, 2]]]).half()
+    >>> grouped_gemm(x, w, torch.tensor([0, 1, 3], dtype=torch.int32)).tolist()
+    [[4.0], [8.0], [8.0]]
     """
     t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
     _grouped_gemm(

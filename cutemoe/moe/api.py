@@ -59,6 +59,10 @@ def route(
     Raises:
         InvalidCall: a malformed argument.
         Unsupported: no back end runs this here; the message has every reason.
+
+    >>> ids, weights = route(torch.tensor([[0.0, 4.0, 1.0, 4.0]]), 2, method="topk_softmax")
+    >>> ids.tolist(), weights.tolist()
+    ([[1, 3]], [[0.5, 0.5]])
     """
     _check_route(logits, top_k, method, renormalize, bias, n_group, topk_group, scale, backend)
     return operator.route(
@@ -158,6 +162,14 @@ def fused_moe(
     Raises:
         InvalidCall: a malformed argument; nothing was written.
         Unsupported: no back end runs this here; the message has every reason.
+
+    >>> from cutemoe import ReLU2
+    >>> w13, w2 = torch.ones(2, 1, 16).bfloat16(), torch.ones(2, 16, 1).bfloat16()
+    >>> moe = prepare_moe(w13, w2)
+    >>> x, ids = torch.ones(2, 16).bfloat16(), torch.tensor([[0, 1], [1, 7]])
+    >>> y = fused_moe(x, moe, ids, torch.full((2, 2), 0.5), activation=ReLU2())
+    >>> y[:, 0].tolist()  # (sum of 16 ones)^2, once with both experts, once with one
+    [256.0, 128.0]
     """
     _check_options(expert_offset, deterministic, backend)
     t, requested = _tensors(x, moe, ids, weights, activation, out, workspace, backend)

@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, no synchronisation, offsets beyond 2^31, streams, large batches."""
+"""What only a GPU shows: graphs, no synchronisation, far offsets, streams, large batches."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ from tests.moe.cases import exact_weight
 from tests.poison import Poison, kept
 
 KINDS = [("mxfp4", "bf16"), ("int4", "fp8")]
-SHARE = 0.3
+SHARE = 0.5
 N, K = 48, 64
 
 

@@ -70,6 +70,15 @@ def test_parameters_of_each_expert(target):
     assert_same(call(target, layer, x, ids, weights, activation=activation), want.to(x.dtype))
 
 
+def test_experts_without_rows_are_not_read_into_results(target):
+    layer = exact_layer("bf16")
+    layer.w13[3], layer.w2[1], layer.b2[1] = torch.nan, torch.nan, torch.nan
+    ids = torch.tensor([[0, 2], [4, 0], [2, 4]], dtype=torch.int32)
+    x, weights = exact_x(3, layer, 7), torch.ones(3, 2)
+    got = call(target, layer, x, ids, weights, activation=SATURATED)
+    assert_same(got, naive(layer, x, ids, weights, SATURATED, exact=True).to(x.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activations", ["fp8", "nvfp4"])
 def test_quantised_activations_take_both_dtypes(target, activations, dtype):

@@ -1,4 +1,4 @@
-"""The kernels of these tests run on CPU tensors, so without the interpreter there is nothing to run."""
+"""The kernels of these tests take CPU tensors: without the interpreter there is nothing to run."""
 
 import pytest
 

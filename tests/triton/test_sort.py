@@ -48,7 +48,7 @@ def test_rows_and_tiles(T, K, E, offset, dtype, tile, padding, seed):
     ids[0, 0], ids[-1, K - 1] = torch.iinfo(dtype).max, torch.iinfo(dtype).min
     ids = ids.to(dtype)[:, :K]
     got = scratch(T * K, E)
-    sort.sort(ids, E, offset, tile, *got)
+    sort.sort(ids, E, offset, tile, got, torch.empty(0))
     wide = ids.flatten().double() - offset
     order, start, tiles = expected(wide.clamp(-1, E).long(), E, tile)
     slots, starts, tile_list, count = got
@@ -60,13 +60,15 @@ def test_rows_and_tiles(T, K, E, offset, dtype, tile, padding, seed):
     assert (tile_list[len(tiles) :] == GUARD).all()
 
 
-@pytest.mark.parametrize("rows", [2047, 2048, 2049, 5000])
-def test_more_rows_than_a_program_holds(rows):
-    ids = torch.randint(-1, 4, (rows, 1), generator=draw.generator(rows), dtype=torch.int32)
-    got = scratch(rows, 3)
-    sort.sort(ids, 3, 0, 64, *got)
-    order, start, tiles = expected(ids.flatten().long(), 3, 64)
+@pytest.mark.parametrize("experts", [3, 40])
+@pytest.mark.parametrize("rows", [2047, 2048, 2049, 16500])
+def test_more_rows_than_a_program_holds(rows, experts):
+    ids = torch.randint(-1, experts + 1, (rows, 1), generator=draw.generator(rows))
+    got = scratch(rows, experts)
+    sort.sort(ids.int(), experts, 0, 64, got, torch.empty(rows * experts // 128 + experts))
+    order, start, tiles = expected(ids.flatten(), experts, 64)
     assert got[0][: len(order)].tolist() == order.tolist()
+    assert (got[0][len(order) :] == GUARD).all()
     assert got[1].tolist() == start.tolist()
     assert got[2][: len(tiles)].tolist() == tiles and got[3].tolist() == [len(tiles)]
 

@@ -1,0 +1,131 @@
+"""Every kind of gated delta net kernel compiles for every architecture, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cutemoe.gdn import cute_plan
+from cutemoe.gdn.cute_plan import Config
+from cutemoe.gdn.problem import Problem
+from cutemoe.runtime.device import Device
+
+pytest.importorskip("cutlass")
+H200 = Device("cuda", 0, "H200", 90, 132, 232448, True)
+ARCHS = ("sm_80", "sm_90a", "sm_120a")
+REAL = Problem(
+    B=64, T=8, HQ=16, HV=32, DK=128, DV=128, slots=64, dtype="bfloat16", state="float32",
+    gates="raw", layout="vk", indexed=True, qk_l2norm=True,
+)  # fmt: skip
+VERIFY = {"window": 8, "record": "float32"}
+KINDS: dict[str, dict[str, Any]] = {
+    "out": {},
+    "update": {"update": True},
+    "update T=1": {"update": True, "T": 1},
+    "snapshots": {"snapshots": True, "T": 4},
+    "verify": VERIFY,
+    "verify T=4": {**VERIFY, "T": 4},
+    "flush": {**VERIFY, "T": 0},
+    "bf16 update": {"state": "bfloat16", "update": True},
+    "bf16 verify": {**VERIFY, "state": "bfloat16"},
+    "kv snapshots": {"layout": "kv", "snapshots": True, "update": True},
+    "fp16 state, D=64, long": {"state": "float16", "DK": 64, "DV": 64, "T": 20, "update": True},
+    "fp32 inputs": {"dtype": "float32", "T": 8, "update": True},
+    "ragged": {"DV": 20, "update": True},
+}
+
+
+class Worker:
+    """A process that compiles; the tests' own has Triton's interpreter switched on."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("cute_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # an architecture for the import; every build names its own
+            env={**os.environ, "CUTE_DSL_KEEP": "cubin", "CUTE_DSL_ARCH": "sm_90a"},
+        )
+
+    def ask(self, config: Config, arch: str) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"config": asdict(config), "arch": arch}) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline() or '{"error": "the worker died"}')
+        if "error" in answer:
+            raise RuntimeError(f"{config} for {arch}: {answer['error']}")
+        return answer
+
+
+@cache
+def worker() -> Worker:
+    return Worker()
+
+
+def configuration(kind: str) -> Config:
+    """What is shipped for the kind of call, as complete as `cute_launch.complete` makes it."""
+    problem = replace(REAL, **KINDS[kind])
+    config = cute_plan.configure(problem, H200)
+    accepted = "int32" if problem.record else ""
+    gates = (problem.dtype, problem.dtype, "float32", "float32")
+    return replace(
+        config, gates=gates, accepted=accepted, wide=(True, problem.DV != 20, True, True)
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_into_registers_and_tensor_cores(kind, arch):
+    config = configuration(kind)
+    c = worker().ask(config, arch)
+    assert c["local_bytes"] == 0 and c["registers"] <= 255
+    if kind != "flush":
+        assert re.search(r"^(@!?U?P\w+ )?HMMA", c["sass"], re.MULTILINE)
+    assert not re.search(r"\b(BAR|LDS|STS)\b", c["sass"])
+    if config.layout == "vk":
+        assert re.search(r"LDG\S*\.128", c["sass"])
+    if arch == "sm_90a" and not os.environ.get("CI"):
+        print(f"{kind}: {c['registers']} registers, {c['seconds']:.2f} s")
+
+
+def test_misaligned_tensors_compile():
+    config = replace(configuration("verify"), wide=(False,) * 4)
+    assert worker().ask(config, "sm_90a")["local_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"DK": 96}, "DK 64 or 128, got 96"),
+        ({"DV": 1}, "DV >= 2, got 1"),
+        ({"B": 65536}, "B <= 65535"),
+        ({"HV": 4096, "HQ": 16}, "HV * HV / HQ <= 65536"),
+    ],
+    ids=str,
+)
+def test_refusals(change, reason):
+    assert reason in (cute_plan.refuse(replace(REAL, **change), H200) or "")
+
+
+def test_what_real_models_need_is_not_refused():
+    for change in KINDS.values():
+        assert cute_plan.refuse(replace(REAL, **change), H200) is None
+
+
+def test_head_of_q_without_a_division():
+    """The kernel's hv * magic >> 16 is hv // group wherever `refuse` lets it run."""
+    hv = torch.arange(2048)
+    for group in range(1, 65):
+        heads = hv[: min(2048, 65536 // group)]
+        assert torch.equal(heads * -(-65536 // group) >> 16, heads // group)
