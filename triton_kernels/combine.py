@@ -22,13 +22,11 @@ def combine_slots(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PORTABLE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """out[t] = sum over slots 0, 1, .. of weight * y; skipped slots are not read.
 
     One program a token and block of BLOCK outputs.
     """
-    launch.after_previous(PDL)
     blocks = tl.cdiv(H, BLOCK)
     pid = tl.program_id(0)
     t = (pid // blocks).to(tl.int64)
@@ -57,7 +55,6 @@ def combine(
     tokens, hidden = out.shape
     block = 512 if tokens <= 32 else 1024
     block = min(block, max(16, triton.next_power_of_2(hidden)))
-    pdl = launch.has_pdl(out.device)
     combine_slots[(tokens * triton.cdiv(hidden, block),)](
         y,
         ids,
@@ -72,6 +69,5 @@ def combine(
         TOP_K=ids.shape[1],
         BLOCK=block,
         PORTABLE=launch.portable(),
-        PDL=pdl,
-        **launch.options(4, 1, pdl),
+        **launch.options(4),
     )

@@ -5,7 +5,7 @@ left operand: they are decoded in registers and stay there for the tensor core, 
 no MMA rows (m16n8k16 at 8 rows, wgmma with A in registers from 16 on).
 
     grid      tile-major: program = tile * blocks of outputs + block
-    tiles     (expert, first row) written on the device by sort.py; programs beyond the count exit
+    tiles     (expert, first row, rows) written on the device by sort.py; programs beyond exit
     per step  load codes, scales and x (cp.async, `stages` deep), decode, one dot
 
 Where scales meet the sums: mxfp4 and nvfp4 in bf16, and nvfp4 in fp16, scale the weight before the
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from cutemoe.triton_kernels import decode, epilogue, launch, numeric
+from cutemoe.triton_kernels import decode, epilogue, numeric
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Spec:
         activation: "none", "swiglu", "geglu", "geglu_tanh" or "relu2".
         order: rows of gate and up, "gate_up", "up_gate" or "interleaved".
         alpha_e, beta_e, limit_e: the parameter is a pointer [E], else a number; limit: it exists.
-        zero_tail: tiles of expert ~G write zeros.
+        zero_tail: tiles of a negative expert write zeros.
         min_step: columns of the narrowest block of K in layout sm80_w4; 32 where 128 divides K.
         block_m, block_n, block_k, stages: rows, outputs (of w), K step, pipeline depth.
-        portable: no PTX; pdl: start before the previous kernel has finished.
+        portable: no PTX.
     """
 
     weight: str
@@ -65,7 +65,6 @@ class Spec:
     block_k: int
     stages: int
     portable: bool
-    pdl: bool = False
 
     @property
     def gated(self) -> bool:
@@ -108,8 +107,7 @@ def expert_gemm(
     expert_scale_ptr,
     bias_ptr,
     slots_ptr,  # int32 [R], slot of every sorted row
-    start_ptr,  # int32 [E + 1], first sorted row of every expert
-    tiles_ptr,  # int32 [.., 2]
+    tiles_ptr,  # int32 [.., 3]
     count_ptr,  # int32 [1]
     out_ptr,
     alpha,
@@ -122,7 +120,6 @@ def expert_gemm(
     spec: tl.constexpr,
 ):
     """out[row, j] = activation(sum over k of w[expert, .., k] * x[row, k] * scales + bias)."""
-    launch.after_previous(spec.pdl)
     OUT: tl.constexpr = spec.outputs
     BM: tl.constexpr = spec.block_m
     n_out = N // 2 if spec.gated else N
@@ -130,19 +127,22 @@ def expert_gemm(
     pid = tl.program_id(0)
     tile = pid // blocks
     j0 = (pid % blocks) * spec.outputs
-    if tile >= tl.load(count_ptr):
+    # all at once: a load that waits for another costs 0.6 us
+    count = tl.load(count_ptr)
+    expert = tl.load(tiles_ptr + 3 * tile)
+    first = tl.load(tiles_ptr + 3 * tile + 1)
+    end = first + tl.load(tiles_ptr + 3 * tile + 2)
+    if tile >= count:
         return
-    expert = tl.load(tiles_ptr + 2 * tile)
-    rows = tl.load(tiles_ptr + 2 * tile + 1) + tl.arange(0, spec.block_m)
+    rows = first + tl.arange(0, spec.block_m)
     offs_j = j0 + tl.arange(0, spec.outputs)
     if spec.zero_tail:
         if expert < 0:
-            end = tl.load(start_ptr - expert)
             at = rows.to(tl.int64)[None, :] * stride_om + offs_j[:, None]
             zeros = tl.zeros((OUT, BM), out_ptr.dtype.element_ty)
             tl.store(out_ptr + at, zeros, mask=(rows < end)[None, :] & (offs_j < n_out)[:, None])
             return
-    valid = rows < tl.load(start_ptr + expert + 1)
+    valid = rows < end
     slots = rows
     if spec.divide > 0 or spec.scatter:
         slots = tl.load(slots_ptr + rows, mask=valid, other=0)
@@ -191,20 +191,24 @@ def _packed(x_ptrs, w_ptr, s_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
     # half-words and scale words of the rows, before the block is added
     w_rows = w_ptr + e * (n_pad * (K // 4)) + (offs_n // 8).to(tl.int64) * (2 * K)
     low = offs_n % 8
+    w_at = (w_rows + low * 32)[:, None] + cols[None, :]
+    x_at = x_ptrs[None, :] + offs_k[:, None]
     words = tl.arange(0, spec.words)
     plane = n_pad.to(tl.int64)
     s_rows = s_ptr + e * (blocks * spec.planes * n_pad * spec.words) + offs_n * spec.words
+    s_at = s_rows[:, None] + words[None, :]
     BN: tl.constexpr = spec.block_n
     BM: tl.constexpr = spec.block_m
     zeros = tl.zeros((BN, BM), tl.float32)
     acc = zeros
     k0 = 0
     for b in tl.range(0, blocks, num_stages=spec.stages):
-        rest = K - k0
         if spec.min_step == 32:
-            w = tl.load((w_rows + 2 * k0 + low * 32)[:, None] + cols[None, :])
+            w = tl.load(w_at)
+            w_at += 256
             step = 32
         else:
+            rest = K - k0
             step = tl.where(rest >= 64, 16, tl.where(rest >= 32, 8, 4))
             step = tl.multiple_of(tl.where(rest >= 128, 32, step), MIN_STEP)
             at = (w_rows + 2 * k0 + low * step)[:, None] + cols[None, :]
@@ -212,18 +216,15 @@ def _packed(x_ptrs, w_ptr, s_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
         if spec.after:
             w0, w1, w2, w3 = _codes(w, spec)
         else:
-            at = s_rows + b * plane * spec.words
-            s = tl.load(at[:, None] + words[None, :])
+            s = tl.load(s_at)
+            s_at += plane * spec.words
             w0, w1, w2, w3 = _scaled_codes(w, s, spec)
         if spec.after and spec.weight == "mxfp4":
             word = tl.load(s_rows + b * plane)
         for p in tl.static_range(PARTS):
             if spec.min_step == 32:
-                x = tl.load(
-                    x_ptrs[None, :] + (k0 + p * WIDTH + offs_k)[:, None],
-                    mask=valid[None, :],
-                    other=0.0,
-                )
+                x = tl.load(x_at, mask=valid[None, :], other=0.0)
+                x_at += WIDTH
             else:
                 k = k0 + (p * (WIDTH // 32) + offs_k // 32) * step + offs_k % 32
                 inside = (offs_k % 32 < step)[:, None] & valid[None, :]

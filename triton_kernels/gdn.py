@@ -151,12 +151,14 @@ def times(S, g):
 
 
 @triton.jit
-def dot(S, x):
+def dot(S, x, LOG2: tl.constexpr):
     """<S[row], x> for every row: chunks [.., .., BLOCK_K] and [1, .., BLOCK_K] give [.., .., 1]."""
     p = S[0] * x[0]
     for c in tl.static_range(1, len(x)):
         p = tl.fma(S[c], tl.broadcast_to(x[c], S[c].shape), p)
-    return tl.sum(p, axis=2, keep_dims=True)
+    for _ in tl.static_range(LOG2):
+        p = tl.sum(tl.reshape(p, (p.shape[0], p.shape[1], p.shape[2] // 2, 2)), axis=3)
+    return p
 
 
 @triton.jit
@@ -199,8 +201,8 @@ def pick(x, ts, t):
 
 
 @triton.jit
-def norm_factor(x, L2NORM: tl.constexpr):
-    square = dot(x, x)
+def norm_factor(x, LOG2: tl.constexpr, L2NORM: tl.constexpr):
+    square = dot(x, x, LOG2)
     if L2NORM:
         return tl.rsqrt(square + 1e-6)
     else:
@@ -208,15 +210,15 @@ def norm_factor(x, L2NORM: tl.constexpr):
 
 
 @triton.jit
-def token(S, x_q, x_k, x_v, g, beta, scale, L2NORM: tl.constexpr):
+def token(S, x_q, x_k, x_v, g, beta, scale, LOG2: tl.constexpr, L2NORM: tl.constexpr):
     """One token: the state after it, the output and u [.., .., 1], and the norm factor of k."""
-    r_k = norm_factor(x_k, L2NORM)
-    r_q = norm_factor(x_q, L2NORM) * scale
+    r_k = norm_factor(x_k, LOG2, L2NORM)
+    r_q = norm_factor(x_q, LOG2, L2NORM) * scale
     S = times(S, g)
-    error = tl.fma(dot(S, x_k), tl.broadcast_to(-r_k, x_v.shape), x_v)
+    error = tl.fma(dot(S, x_k, LOG2), tl.broadcast_to(-r_k, x_v.shape), x_v)
     u = beta * error
     w = u * r_k
-    o = tl.fma(w, tl.broadcast_to(dot(x_k, x_q), w.shape), dot(S, x_q)) * r_q
+    o = tl.fma(w, tl.broadcast_to(dot(x_k, x_q, LOG2), w.shape), dot(S, x_q, LOG2)) * r_q
     return rank1(S, w, x_k), o, u, r_k
 
 
@@ -276,7 +278,6 @@ def gdn_decode_kernel(
     next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
     if snap.ptr is not None:
         snap_ptr = snap.ptr + b * snap.b + h * snap.h
-    tl.assume(T <= 8)
     for start in range(0, T, 8):
         ts = start + tl.arange(0, 8)
         log_g, beta = gates(decay, write, gate, b, h, ts, T)
@@ -292,8 +293,8 @@ def gdn_decode_kernel(
             next_q = load_vector(q_ptr, SIZE, TILE)
             next_k = load_vector(k_ptr, SIZE, TILE)
             next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
-            S, o, _, _ = token(S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, L2NORM)
-            save(out_ptr + rows, tl.reshape(o, (BLOCK_V,)), rows < SIZE[0], V_MASK)
+            S, o, _, _ = token(S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, TILE[4], L2NORM)
+            save(out_ptr + row, o, row < SIZE[0], V_MASK)
             out_ptr += out.t
             if snap.ptr is not None:
                 save_state(snap_ptr, S, tile, SIZE, TILE, SNAP)
@@ -340,7 +341,7 @@ def constants(problem, config):
     """Compile-time arguments that both kernels take."""
     return {
         "SIZE": (problem.DV, problem.DK),
-        "TILE": (config.block_v, config.rows, config.block_k, config.vector),
+        "TILE": (config.block_v, config.rows, config.block_k, config.vector, config.block_k.bit_length() - 1),
         "GROUP": problem.HV // problem.HQ,
         "L2NORM": problem.qk_l2norm,
         "num_warps": 1,

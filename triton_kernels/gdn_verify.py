@@ -87,18 +87,16 @@ def rounded(S, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def record_key(ptr, x_k, SIZE: tl.constexpr, TILE: tl.constexpr):
-    for c in tl.static_range(len(x_k)):
-        if TILE[3] > 1:
-            x = tl.reshape(x_k[c], (TILE[1], TILE[2]))
-            col = c * TILE[2] + tl.arange(0, TILE[2])[None, :]
-            at = col + tl.arange(0, TILE[1])[:, None] * 0
-            ok = (tl.arange(0, TILE[1])[:, None] == 0) & (col < SIZE[1])
-        else:
-            x = tl.reshape(x_k[c], (TILE[2],))
-            at = c * TILE[2] + tl.arange(0, TILE[2])
-            ok = at < SIZE[1]
-        tl.store(ptr + at, x.to(ptr.dtype.element_ty), ok)
+def record_keys(ptr, stride, k_ptr, k_stride, T, SIZE: tl.constexpr):
+    """Copies T keys; as many at a time as 32 lanes hold in 32 registers."""
+    COLS: tl.constexpr = triton.next_power_of_2(SIZE[1])
+    MANY: tl.constexpr = max(1024 // COLS, 1)
+    cols = tl.arange(0, COLS)[None, :]
+    for start in range(0, T, MANY):
+        t = (start + tl.arange(0, MANY)).to(tl.int64)[:, None]
+        ok = (t < T) & (cols < SIZE[1])
+        x = tl.load(k_ptr + t * k_stride + cols, ok, other=0.0)
+        tl.store(ptr + t * stride + cols, x.to(ptr.dtype.element_ty), ok)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -161,6 +159,7 @@ def gdn_verify_kernel(
         next_q = load_vector(q_ptr, SIZE, TILE)
         next_k = load_vector(k_ptr, SIZE, TILE)
         next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
+        first = (tile == 0) & (head % GROUP == 0)
     old = (slot * 2 + (mark & 1)) * draft.window
     new = (slot * 2 + 1 - (mark & 1)) * draft.window
     u_ptr = draft.u + (slot * draft.window * draft.HV + h) * SIZE[0]
@@ -169,8 +168,10 @@ def gdn_verify_kernel(
         save_state(state_ptr, S, tile, SIZE, TILE, STATE)
         S = rounded(S, state.ptr.dtype.element_ty)
     if TOKENS:
-        records_k = (tile == 0) & (head % GROUP == 0)
-        tl.assume(T <= 8)
+        if first:
+            record = draft.k + (new * draft.HQ + hq) * SIZE[1]
+            record_keys(record, draft.HQ * SIZE[1], k_ptr, k.t, T, SIZE)
+        r_ptr = draft.k_rnorm + new * draft.HQ + hq
         for start in range(0, T, 8):
             ts = start + tl.arange(0, 8)
             log_g, beta = gates(decay, write, gate, b, h, ts, T)
@@ -189,14 +190,13 @@ def gdn_verify_kernel(
                 next_k = load_vector(k_ptr, SIZE, TILE)
                 next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
                 S, o, u, r_k = token(
-                    S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, L2NORM
+                    S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, TILE[4], L2NORM
                 )
-                save(out_ptr + rows, tl.reshape(o, (BLOCK_V,)), rows < SIZE[0], V_MASK)
-                save(u_ptr + rows, tl.reshape(u, (BLOCK_V,)), rows < SIZE[0], V_MASK)
-                if records_k:
-                    at = (new + t) * draft.HQ + hq
-                    record_key(draft.k + at * SIZE[1], x_k, SIZE, TILE)
-                    tl.store(draft.k_rnorm + at + tl.zeros_like(r_k).to(tl.int32), r_k)
+                save(out_ptr + row, o, row < SIZE[0], V_MASK)
+                save(u_ptr + row, u, row < SIZE[0], V_MASK)
+                if first:
+                    tl.store(r_ptr + tl.zeros_like(r_k).to(tl.int32), r_k)
+                r_ptr += draft.HQ
                 out_ptr += out.t
                 u_ptr += draft.HV * SIZE[0]
     mark = 2 * T + 1 - (mark & 1)

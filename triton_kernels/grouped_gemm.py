@@ -45,7 +45,6 @@ def spec_of(weight: PackedWeight, config: GemmConfig, x: torch.Tensor, **given: 
         "block_k": config.block_k,
         "stages": config.stages,
         "portable": launch.portable(),
-        "pdl": launch.has_pdl(x.device),
     }
     return Spec(**(fields | given))
 
@@ -57,7 +56,7 @@ def multiply(
     x: torch.Tensor,
     weight: PackedWeight,
     out: torch.Tensor,
-    sorted_rows: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
+    sorted_rows: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
     *,
     token_scale: torch.Tensor | None = None,
     expert_scale: torch.Tensor | None = None,
@@ -69,7 +68,7 @@ def multiply(
     """Launches `expert_gemm` for at most `tiles` tiles of rows.
 
     Args:
-        sorted_rows: sorted_slots, expert_start, tiles and tile_count of sort.py.
+        sorted_rows: sorted_slots, tiles and tile_count of sort.py.
         x: [.., K] bf16 or fp16; out: [.., outputs]; last dimensions contiguous.
     """
     _, n, k = weight.shape
@@ -95,7 +94,7 @@ def multiply(
         x.stride(0),
         out.stride(0),
         spec,
-        **launch.options(warps, spec.stages, spec.pdl),
+        **launch.options(warps, spec.stages),
     )
 
 
@@ -110,9 +109,9 @@ def run(problem: GemmProblem, config: GemmConfig, t: GemmTensors) -> None:
     # rows of no group are one more group, and its tile writes zeros
     groups = problem.groups + 1
     most = min(groups, problem.rows) + problem.rows // config.block_m
-    scratch = torch.empty(groups + 2 + 2 * most, dtype=torch.int32, device=device)
-    start, count, tiles = scratch.split((groups + 1, 1, 2 * most))
-    sort.sort_groups(t.offsets, problem.rows, config.block_m, start, tiles, count)
+    scratch = torch.empty(1 + 3 * most, dtype=torch.int32, device=device)
+    count, tiles = scratch.split((1, 3 * most))
+    sort.sort_groups(t.offsets, problem.rows, config.block_m, tiles, count)
     scale = t.x_scale
     if scale is not None and problem.x_scale == "tensor":
         scale = scale.expand(problem.groups).contiguous()
@@ -126,7 +125,7 @@ def run(problem: GemmProblem, config: GemmConfig, t: GemmTensors) -> None:
         token_scale=per_row is not None,
         expert_scale=per_group is not None,
     )
-    rows = (None, start, tiles, count)
+    rows = (None, tiles, count)
     multiply(
         spec,
         config.warps,

@@ -2,7 +2,7 @@
 
 | launch | reads | writes |
 |---|---|---|
-| sort_slots, or count_chunks and place_chunks | ids | sorted_slots, expert_start, tiles, tile_count |
+| sort_slots, or count_chunks, place_chunks | ids | sorted_slots, starts, tiles, count |
 | quantize_rows (fp8, nvfp4) | x | xq, scales |
 | expert_gemm FC1 | x by sorted_slots // K, or xq; w13 | mid in sorted order |
 | quantize_rows (fp8, nvfp4) | mid | midq, scales |
@@ -40,8 +40,8 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
     # y is free until FC2
     sort.sort(t.ids, problem.experts, problem.expert_offset, config.block_m, rows, w["y"])
-    mid = _fc1(problem, config, t, w, rows)
-    _fc2(problem, config, t, w, rows, mid)
+    mid = _fc1(problem, config, t, w)
+    _fc2(problem, config, t, w, mid)
     combine.combine(w["y"], t.ids, t.weights, t.out, problem.experts, problem.expert_offset)
 
 
@@ -57,11 +57,9 @@ def _fc1(
     config: MoEConfig,
     t: MoETensors,
     w: dict[str, torch.Tensor],
-    rows: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
     """FC1 and activation; mid [R, I] in sorted order."""
     x, token_scale, expert_scale, divide = t.x, None, None, problem.top_k
-    slots, start = rows[:2]
     if problem.activations == "fp8" and t.input_scale1 is None:
         x, token_scale = w["xq"], w["xq_scale"]
         quantize.quantize(t.x, x, "fp8", scale=token_scale)
@@ -72,9 +70,9 @@ def _fc1(
             x,
             problem.activations,
             expert_scale=expert_scale,
-            slots=slots,
+            slots=w["sorted_slots"],
             divide=problem.top_k,
-            start=start,
+            start=w["expert_start"],
         )
     spec = spec_of(
         t.w13,
@@ -98,7 +96,7 @@ def _fc1(
         x,
         t.w13,
         w["mid"],
-        rows,  # type: ignore[arg-type]
+        (w["sorted_slots"], w["tiles"], w["tile_count"]),
         token_scale=token_scale,
         expert_scale=expert_scale,
         bias=t.b13,
@@ -114,7 +112,6 @@ def _fc2(
     config: MoEConfig,
     t: MoETensors,
     w: dict[str, torch.Tensor],
-    rows: tuple[torch.Tensor, ...],
     mid: torch.Tensor,
 ) -> None:
     """FC2 with bias; y float32 [R, H] in slot order."""
@@ -128,7 +125,7 @@ def _fc2(
             problem.activations,
             scale=token_scale,
             expert_scale=static,
-            start=rows[1],
+            start=w["expert_start"],
         )
         mid = w["midq"]
         scales = {"token_scale": token_scale, "expert_scale": static}
@@ -147,7 +144,7 @@ def _fc2(
         mid,
         t.w2,
         w["y"],
-        rows,  # type: ignore[arg-type]
+        (w["sorted_slots"], w["tiles"], w["tile_count"]),
         bias=t.b2,
         **scales,
     )

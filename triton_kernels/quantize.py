@@ -51,7 +51,6 @@ def quantize_rows(
     SORTED: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One row a program.
 
@@ -59,7 +58,6 @@ def quantize_rows(
     of x is slot // DIVIDE. FORMAT "fp8": with expert_scale_ptr s is the expert's, else amax / 448.
     "nvfp4": blocks of 16 under the expert's multiplier.
     """
-    launch.after_previous(PDL)
     row = tl.program_id(0)
     source = row
     expert = 0
@@ -133,9 +131,8 @@ def _nvfp4_row(x_row, out_row, d, W, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def widen_e4m3(x_ptr, out_ptr, stride_xm, W, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def widen_e4m3(x_ptr, out_ptr, stride_xm, W, BLOCK: tl.constexpr):
     """Bytes of e4m3 [rows, W] -> bf16 [rows, W], exact; one program a row and block."""
-    launch.after_previous(PDL)
     blocks = tl.cdiv(W, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -165,7 +162,6 @@ def quantize(
         slots: int32 [R], with divide: row r of out is row slots[r] // divide of x.
     """
     rows, width = out.shape
-    pdl = launch.has_pdl(x.device)
     experts = 1 if start is None else start.numel() - 1
     quantize_rows[(rows,)](
         x,
@@ -182,15 +178,13 @@ def quantize(
         SORTED=start is not None,
         BINS=max(2, triton.next_power_of_2(experts)),
         BLOCK=max(16, min(2048, triton.next_power_of_2(width))),
-        PDL=pdl,
-        **launch.options(4, 1, pdl),
+        **launch.options(4),
     )
 
 
 def widen(x: torch.Tensor, out: torch.Tensor) -> None:
     """float8_e4m3fn [rows, W], last dimension contiguous -> bf16 [rows, W]."""
     rows, width = out.shape
-    pdl = launch.has_pdl(x.device)
     block = max(16, min(1024, triton.next_power_of_2(width)))
     widen_e4m3[(rows * triton.cdiv(width, block),)](
         x.view(torch.uint8),
@@ -198,6 +192,5 @@ def widen(x: torch.Tensor, out: torch.Tensor) -> None:
         x.stride(0),
         width,
         BLOCK=block,
-        PDL=pdl,
-        **launch.options(4, 1, pdl),
+        **launch.options(4),
     )

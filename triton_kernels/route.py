@@ -45,10 +45,8 @@ def route_tokens(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Experts and weights of BLOCK_T tokens a program; cutemoe/moe/routing.py says the meaning."""
-    launch.after_previous(PDL)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     index = tl.arange(0, BLOCK_E)[None, :]
     inside = (tokens < T)[:, None] & (index < E)
@@ -138,7 +136,6 @@ def run(problem: RouteProblem, config: "RouteConfig", t: RouteTensors) -> None:
     """The Triton back end of `route`."""
     if problem.tokens == 0:
         return
-    pdl = launch.has_pdl(t.logits.device)
     route_tokens[(triton.cdiv(problem.tokens, config.block_t),)](
         t.logits,
         t.bias,
@@ -156,6 +153,5 @@ def run(problem: RouteProblem, config: "RouteConfig", t: RouteTensors) -> None:
         BLOCK_T=config.block_t,
         BLOCK_E=max(16, config.block_e),
         BLOCK_K=triton.next_power_of_2(problem.top_k),
-        PDL=pdl,
-        **launch.options(config.warps, 1, pdl),
+        **launch.options(config.warps),
     )

@@ -27,7 +27,7 @@ def sort_slots(
     stride_it,
     sorted_ptr,  # int32 [R]
     start_ptr,  # int32 [E + 1]
-    tiles_ptr,  # int32 [.., 2]
+    tiles_ptr,  # int32 [.., 3]
     count_ptr,  # int32 [1]
     R,
     top_k,
@@ -36,13 +36,11 @@ def sort_slots(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Slots of every expert in ascending order, where each expert starts, and the tiles.
 
     Ids outside expert_offset .. expert_offset + E - 1 are skipped. BLOCK >= R; program: expert.
     """
-    launch.after_previous(PDL)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     slots = tl.arange(0, BLOCK)
@@ -67,10 +65,8 @@ def count_chunks(
     steps,
     STEP: tl.constexpr,
     BINS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """How many ids of every expert a chunk of steps * STEP ids has; program: chunk."""
-    launch.after_previous(PDL)
     chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
@@ -98,10 +94,8 @@ def place_chunks(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     BINS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """What sort_slots does, from the counts of every chunk; program: chunk."""
-    launch.after_previous(PDL)
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     bins = tl.arange(0, BINS)
@@ -157,33 +151,31 @@ def _local_ids(ids_ptr, stride_it, slots, R, top_k, expert_offset, E):
 
 @triton.jit
 def _write_tiles(tiles_ptr, tile, expert, start, rows, TILE: tl.constexpr):
-    """(expert, first row) for every TILE of `rows` rows from `start`, at tile, tile + 1, .."""
+    """(expert, first row, rows) of every tile of `rows` rows from `start`, at tile, tile + 1, .."""
     offs = tl.arange(0, 32)
     for first in range(0, tl.cdiv(rows, TILE), 32):
         n = first + offs
         mask = n < tl.cdiv(rows, TILE)
-        at = tiles_ptr + 2 * (tile + n)
+        at = tiles_ptr + 3 * (tile + n)
         tl.store(at, tl.zeros((32,), tl.int32) + expert, mask=mask)
         tl.store(at + 1, start + n * TILE, mask=mask)
+        tl.store(at + 2, tl.minimum(rows - n * TILE, TILE), mask=mask)
 
 
 @triton.jit
 def tile_groups(
     offsets_ptr,  # int32 [G + 1]
-    start_ptr,  # int32 [G + 2]
     tiles_ptr,
     count_ptr,
     R,
     G,
     TILE: tl.constexpr,
     BINS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Tiles of the rows of every group, and of the rows behind the last as expert ~G.
 
-    Offsets are clamped to 0 .. R; start_ptr receives them, and R. One program a group and one more.
+    Offsets are clamped to 0 .. R. One program a group and one more.
     """
-    launch.after_previous(PDL)
     group = tl.program_id(0)
     bins = tl.arange(0, BINS)
     lower = _clamped(offsets_ptr, bins, G, R)
@@ -193,9 +185,7 @@ def tile_groups(
     start = tl.sum(tl.where(own, lower, 0))
     mine = tl.sum(tl.where(own, counts, 0))
     tile = tl.sum(tl.where(bins < group, tl.cdiv(counts, TILE), 0))
-    tl.store(start_ptr + group, start)
     if group == G:
-        tl.store(start_ptr + G + 1, R)
         tl.store(count_ptr, tile + tl.cdiv(mine, TILE))
         group = -1 - group
     _write_tiles(tiles_ptr, tile, group, start, mine, TILE)
@@ -225,7 +215,6 @@ def sort(
     """
     sorted_slots, expert_start, tiles, tile_count = rows
     total, top_k = ids.numel(), ids.shape[1]
-    pdl = launch.has_pdl(ids.device)
     bins = max(2, triton.next_power_of_2(experts))
     if total <= _FEW:
         sort_slots[(experts,)](
@@ -242,8 +231,7 @@ def sort(
             TILE=tile,
             BLOCK=max(64, triton.next_power_of_2(total)),
             BINS=bins,
-            PDL=pdl,
-            **launch.options(4, 1, pdl),
+            **launch.options(4),
         )
         return
     steps = triton.cdiv(total, _STEP * _CHUNKS)
@@ -257,8 +245,7 @@ def sort(
         *numbers,
         STEP=_STEP,
         BINS=bins,
-        PDL=pdl,
-        **launch.options(4, 1, pdl),
+        **launch.options(4),
     )
     place_chunks[(chunks,)](
         ids,
@@ -272,8 +259,7 @@ def sort(
         TILE=tile,
         STEP=_STEP,
         BINS=bins,
-        PDL=pdl,
-        **launch.options(4, 1, pdl),
+        **launch.options(4),
     )
 
 
@@ -281,22 +267,18 @@ def sort_groups(
     offsets: torch.Tensor,
     rows: int,
     tile: int,
-    start: torch.Tensor,
     tiles: torch.Tensor,
     count: torch.Tensor,
 ) -> None:
-    """Tiles of `rows` rows in groups; start int32 [G + 2], tiles and count as in `sort`."""
+    """Tiles of `rows` rows in groups; tiles and count as in `sort`."""
     groups = offsets.numel() - 1
-    pdl = launch.has_pdl(offsets.device)
     tile_groups[(groups + 1,)](
         offsets,
-        start,
         tiles,
         count,
         rows,
         groups,
         TILE=tile,
         BINS=triton.next_power_of_2(groups + 1),
-        PDL=pdl,
-        **launch.options(4, 1, pdl),
+        **launch.options(4),
     )

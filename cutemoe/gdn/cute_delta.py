@@ -39,6 +39,8 @@ NORM_EPS = 1e-6
 class GatedDelta(Rows):
     """The kernel for one Config."""
 
+    GROUP = 4
+
     @cute.jit
     def __call__(
         self,
@@ -75,14 +77,16 @@ class GatedDelta(Rows):
             slot = Int64(mIdx[b])
         hq = (hv * magic) >> 16
         head = Head(b, hv, hq, slot, hv == hq * group)
+        if const_expr(self.verify):
+            head.accepted = mAcc[b]
         if const_expr(self.c.ragged):
             if first < inputs[3].shape[3]:
-                self.rows(inputs, gates, mS, mI, draft, mAcc, scale, head, Lane(first))
+                self.rows(inputs, gates, mS, mI, draft, scale, head, Lane(first))
         else:
-            self.rows(inputs, gates, mS, mI, draft, mAcc, scale, head, Lane(first))
+            self.rows(inputs, gates, mS, mI, draft, scale, head, Lane(first))
 
     @cute.jit
-    def rows(self, inputs, gates, mS, mI, draft, mAcc, scale, head, at):
+    def rows(self, inputs, gates, mS, mI, draft, scale, head, at):
         """The 16 rows of this warp."""
         window = self.registers()
         if const_expr(not self.c.loop):
@@ -90,7 +94,7 @@ class GatedDelta(Rows):
         # the loads above it stay above the branch on the slot: one latency, not two
         cute.arch.sync_warp()
         if head.slot >= 0 and head.slot < mS.shape[0]:
-            self.sequence(inputs, gates, mS, mI, draft, mAcc, scale, window, head, at)
+            self.sequence(inputs, gates, mS, mI, draft, scale, window, head, at)
         else:
             self.padding(inputs[3], head, at)
 
@@ -103,7 +107,7 @@ class GatedDelta(Rows):
             self.put_quad(mO[head.b, t, head.hv, None], rO, at)
 
     @cute.jit
-    def sequence(self, inputs, gates, mS, mI, draft, mAcc, scale, window, head, at):
+    def sequence(self, inputs, gates, mS, mI, draft, scale, window, head, at):
         """All tokens of one head of one live sequence."""
         T = inputs[3].shape[1]
         gS = self.narrow(mS[head.slot, head.hv, None, None], 2)
@@ -112,7 +116,14 @@ class GatedDelta(Rows):
         cute.arch.sync_warp()
         half = Int32(0)
         if const_expr(self.verify):
-            half = 1 - self.fold(gS, rS, draft, mAcc, head, at)
+            mark = Int32(draft[4][head.slot, head.hv, at.first])
+            half, n = 1 - (mark & 1), mark >> 1
+            n = Int32(head.accepted) if head.accepted < n else n
+            if n > 0:
+                self.fold(gS, rS, draft, n, 1 - half, head, at)
+                if const_expr(not self.c.loop):
+                    # cached by now; read again so that no register holds it during the fold
+                    self.load_window(inputs, gates, window, head, at, 0)
         if const_expr(self.c.loop):
             for t0 in range(0, T, self.c.tile):
                 self.load_window(inputs, gates, window, head, at, t0)
@@ -125,10 +136,10 @@ class GatedDelta(Rows):
                 self.compute(inputs, gS, mI, draft, scale, window, rS, head, at, 0, half)
         if const_expr(self.verify):
             if at.t == 0:
-                mark = Int16(2 * T + half)
+                new = Int16(2 * T + half)
                 for h in range_constexpr(2):
                     if self.inside(at, h, inputs[3].shape[3]):
-                        draft[4][head.slot, head.hv, at.row + h] = mark
+                        draft[4][head.slot, head.hv, at.row + h] = new
 
     @cute.jit
     def compute(self, inputs, gS, mI, draft, scale, window, rS, head, at, t0, half):
@@ -230,14 +241,10 @@ class GatedDelta(Rows):
         if const_expr(self.exact):
             atom = cute.make_mma_atom(MmaF16BF16Op(self.io, Float32, (16, 8, 16)))
             wX = [cute.recast_tensor(x, Uint32) for x in rX]
-            for k in range_constexpr(0, self.c.dk // 16, 2):
-                rE = self.sums(self.blocks)
-                for i in range_constexpr(2):
-                    rA = self.words_a(wX, k + i)
-                    for n in range_constexpr(self.blocks):
-                        rB = self.words_b(wX[n], k + i)
-                        cute.mma_atom_call(atom, rE[n], rA, rB, rE[n])
-                self.gather(rD, rE, k == 0)
+            for k in range_constexpr(self.c.dk // 16):
+                rA = self.words_a(wX, k)
+                for n in range_constexpr(self.blocks):
+                    cute.mma_atom_call(atom, rD[n], rA, self.words_b(wX[n], k), rD[n])
         else:
             for ch in range_constexpr(self.chunks):
                 rE = self.sums(1)
@@ -351,10 +358,11 @@ class GatedDelta(Rows):
                 for h in range_constexpr(2):
                     cute.mma_atom_call(atom, rD[h], rA, self.words_b(wS, k, h), rD[h])
         else:
-            steps = const_expr(self.c.dk // 8)
-            for k in range_constexpr(0, steps, 4):
+            # short chains cost registers, and show only where q, k and v are float32
+            group = const_expr(self.c.dk // 8 if self.exact else self.GROUP)
+            for k in range_constexpr(0, self.c.dk // 8, group):
                 rE = self.sums(2)
-                for i in range_constexpr(4):
+                for i in range_constexpr(group):
                     ch, p = (k + i) // (self.vec // 2), (k + i) % (self.vec // 2)
                     rA = self.floats_a(rX, p, ch)
                     for h in range_constexpr(2):
@@ -478,39 +486,33 @@ class GatedDelta(Rows):
                     rF[j, h, ch] = x + u[h] * k
 
     @cute.jit
-    def fold(self, gS, rS, draft, mAcc, head, at):
-        """Accepts a prefix of the open window; returns which half of the records it is in."""
-        mU, mK, mR, mG, mMark = draft
+    def fold(self, gS, rS, draft, n, half, head, at):
+        """The first n tokens of the open window become part of the state."""
+        mU, mK, mR, mG, _ = draft
         tile = const_expr(self.fold_tile)
         slot, hv = head.slot, head.hv
-        mark = Int32(mMark[slot, hv, at.first])
-        wanted = mAcc[head.b]
-        half, n = mark & 1, mark >> 1
-        n = Int32(wanted) if wanted < n else n
-        if n > 0:
-            gK = self.narrow(mK[slot, half, None, head.hq, None], 3)
-            rF = self.in_float32(rS)
-            rU = cute.make_rmem_tensor((4, 1), Float32)
-            for t0 in range(0, n, tile):
-                left = n - t0 - 1
-                tau = at.g % tile
-                s = t0 + (tau if tau < left else left)
-                g = cute.math.exp(mG[slot, half, s, hv])
-                g = g if tau <= left else Float32(1)
-                r = mR[slot, half, s, head.hq]
-                self.get_quad(mU[slot, s, hv, None], rU[None, 0], at)
-                later, before = self.decays(g, tau, at)
-                steps = left + 1 if left < tile else Int32(tile)
-                self.advance(rF, gK, t0, steps, rU, later, before, r, tile, at)
-            self.store_state(gS, rF, at)
-            for ch in range_constexpr(self.chunks):
-                for h in range_constexpr(2):
-                    for j in range_constexpr(self.vec):
-                        x = rF[j, h, ch]
-                        if const_expr(self.dt is not Float32):
-                            x = self.held(self.dt(x))
-                        rS[j, h, ch] = x
-        return half
+        gK = self.narrow(mK[slot, half, None, head.hq, None], 3)
+        rF = self.in_float32(rS)
+        rU = cute.make_rmem_tensor((4, 1), Float32)
+        for t0 in range(0, n, tile):
+            left = n - t0 - 1
+            tau = at.g % tile
+            s = t0 + (tau if tau < left else left)
+            g = cute.math.exp(mG[slot, half, s, hv])
+            g = g if tau <= left else Float32(1)
+            r = mR[slot, half, s, head.hq]
+            self.get_quad(mU[slot, s, hv, None], rU[None, 0], at)
+            later, before = self.decays(g, tau, at)
+            steps = left + 1 if left < tile else Int32(tile)
+            self.advance(rF, gK, t0, steps, rU, later, before, r, tile, at)
+        self.store_state(gS, rF, at)
+        for ch in range_constexpr(self.chunks):
+            for h in range_constexpr(2):
+                for j in range_constexpr(self.vec):
+                    x = rF[j, h, ch]
+                    if const_expr(self.dt is not Float32):
+                        x = self.held(self.dt(x))
+                    rS[j, h, ch] = x
 
     @cute.jit
     def record(self, draft, rX, rU, r_k, log_g, head, at, t0, T, half):

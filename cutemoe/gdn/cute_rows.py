@@ -48,6 +48,7 @@ class Head:
 
     def __init__(self, b, hv, hq, slot, leads):
         self.b, self.hv, self.hq, self.slot, self.leads = b, hv, hq, slot, leads
+        self.accepted = None
 
 
 class Rows:

@@ -7,7 +7,7 @@ slots come last, at or beyond expert_start[E].
 |---|---|---|
 | sorted_slots | int32 [R] | slot number of every sorted row |
 | expert_start | int32 [E+1] | first sorted row of every expert; the last is the number of live rows |
-| tiles | int32 [max_tiles, 2] | (expert, first sorted row) of every tile of rows |
+| tiles | int32 [max_tiles, 3] | (expert, first sorted row, rows) of every tile of rows |
 | tile_count | int32 [1] | how many of them are live |
 | xq | bf16 | values of the quantised FC1 input without global scale: fp8 with row scales [T, H], else [R, H] in sorted order |
 | mid | [R, I] | FC1 activation in sorted order: bf16 or fp16; float32 if it is quantised |
@@ -82,7 +82,7 @@ def layout(
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "sorted_slots": ((rows,), i32),
         "expert_start": ((experts + 1,), i32),
-        "tiles": ((max_tiles(rows, experts), 2), i32),
+        "tiles": ((max_tiles(rows, experts), 3), i32),
         "tile_count": ((1,), i32),
     }
     if activations in ("fp8", "nvfp4"):

@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "update T=1": {"update": True, "T": 1},
     "snapshots": {"snapshots": True, "T": 4},
     "verify": VERIFY,
+    "verify B=1": {**VERIFY, "B": 1},
     "verify T=4": {**VERIFY, "T": 4},
     "flush": {**VERIFY, "T": 0},
     "bf16 update": {"state": "bfloat16", "update": True},
@@ -89,7 +90,8 @@ def configuration(kind: str) -> Config:
 def test_compiles_into_registers_and_tensor_cores(kind, arch):
     config = configuration(kind)
     c = worker().ask(config, arch)
-    assert c["local_bytes"] == 0 and c["registers"] <= 255
+    # a cap on registers is the one thing that may spill, where it measured faster
+    assert c["local_bytes"] <= (128 if config.blocks else 0) and c["registers"] <= 255
     if kind != "flush":
         assert re.search(r"^(@!?U?P\w+ )?HMMA", c["sass"], re.MULTILINE)
     assert not re.search(r"\b(BAR|LDS|STS)\b", c["sass"])

@@ -62,11 +62,13 @@ def test_a_broken_row_breaks_only_itself(target, format, kind, sizes, seed):
 
 
 @pytest.mark.parametrize(
-    "offsets", [[0, 100, 200], [0, 3, 2**31 - 1], [0, 2**31 - 1, 2**31 - 1]], ids=str
+    "offsets",
+    [[0, 100, 200], [0, 3, 2**31 - 1], [0, 2**31 - 1, 2**31 - 1], [0, -5, 8], [-(2**31), 4, 8]],
+    ids=str,
 )
-def test_offsets_beyond_the_rows_are_clamped(target, offsets):
+def test_offsets_outside_the_rows_are_clamped(target, offsets):
     x, w, _ = inputs("mxfp4", "bf16", [4, 4], 1)
-    clamped = torch.tensor(offsets).clamp(max=8).int()
+    clamped = torch.tensor(offsets).clamp(0, 8).int()
     want = call(target, x, w, clamped)
     assert_same(call(target, x, w, torch.tensor(offsets).int()), want)
 

@@ -133,6 +133,10 @@ def exact_weight(format: str, shape: tuple[int, ...], seed: int) -> Any:
     return cutemoe.QuantizedTensor(data, stored, over, format=format)
 
 
+# exponents of static scales, FC1 and FC2: the lower ones saturate, and so tell experts apart
+STATIC = {"fp8": ((-11, 0), (-5, 1)), "nvfp4": ((-13, -9), (-9, -5))}
+
+
 def exact_layer(
     format: str,
     activations: str = "bf16",
@@ -147,8 +151,11 @@ def exact_layer(
 ) -> Layer:
     """A layer that is exact on `exact_x` with `EXACT` activations: static scales, biases n / 4."""
     scale = None
-    if activations in ("fp8", "nvfp4"):
-        scale = tuple(draw.powers_of_two((E,), seed + i, -1, 0) for i in (6, 7))
+    if activations in STATIC:
+        scale = tuple(
+            draw.powers_of_two((E,), seed + i, *ends)
+            for i, ends in zip((6, 7), STATIC[activations], strict=True)
+        )
     n13 = 2 * I if gated else I
     return Layer(
         exact_weight(format, (E, n13, H), seed),

@@ -12,6 +12,7 @@ from tests.moe.cases import (
     COMBINATIONS,
     EXACT,
     SATURATED,
+    Layer,
     call,
     exact_layer,
     exact_x,
@@ -68,6 +69,28 @@ def test_parameters_of_each_expert(target):
     x, ids, weights = exact_x(9, layer, 7), r.ids(), r.weights(exact=True)
     want = naive(layer, x, ids, weights, activation, exact=True)
     assert_same(call(target, layer, x, ids, weights, activation=activation), want.to(x.dtype))
+
+
+@pytest.mark.parametrize(("format", "gain"), [("mxfp4", 4.0), ("nvfp4", 6.0), ("int4", 7.0)])
+def test_dynamic_fp8_scales(target, format, gain):
+    """A layer that multiplies positive rows by gain^2, and row scales that float32 holds."""
+    n = 64
+    eye = gain * torch.eye(n).expand(2, n, n)
+    group = 32 if format == "int4" else None
+    over = 0.25 if format == "nvfp4" else None
+    w13 = cutemoe.quantize(
+        torch.cat([eye, 0 * eye], dim=1), format, group_size=group, global_scale=over
+    )
+    w2 = cutemoe.quantize(eye, format, group_size=group, global_scale=over)
+    layer = Layer(w13, w2, activations="fp8")
+    x = torch.exp2(18 * torch.rand(12, n, generator=draw.generator(1)) - 10)
+    x[:, 5] = 448 * draw.powers_of_two((12,), 2, -3, 2)
+    x = torch.minimum(x, x[:, 5:6]).bfloat16()
+    ids, weights = torch.arange(12)[:, None].int() % 2, torch.ones(12, 1)
+    activation = cutemoe.SwiGLU(alpha=2.0**20, beta=1.0)
+    want = naive(layer, x, ids, weights, activation, exact=True)
+    got = call(target, layer, x, ids, weights, activation=activation)
+    assert_same(got, want.to(x.dtype))
 
 
 def test_experts_without_rows_are_not_read_into_results(target):

@@ -15,7 +15,7 @@ GUARD = -9
 
 def scratch(rows: int, experts: int) -> tuple[torch.Tensor, ...]:
     """Outputs of `sort`, full of guards."""
-    sizes = ((rows,), (experts + 1,), (max_tiles(rows, experts), 2), (1,))
+    sizes = ((rows,), (experts + 1,), (max_tiles(rows, experts), 3), (1,))
     return tuple(torch.full(size, GUARD, dtype=torch.int32) for size in sizes)
 
 
@@ -26,7 +26,7 @@ def expected(local: torch.Tensor, experts: int, tile: int):
     start = torch.zeros(experts + 1, dtype=torch.int64)
     start[1:] = torch.bincount(local[live], minlength=experts).cumsum(0)
     tiles = [
-        [e, first]
+        [e, first, min(tile, int(start[e + 1]) - first)]
         for e in range(experts)
         for first in range(int(start[e]), int(start[e + 1]), tile)
     ]
@@ -84,14 +84,12 @@ def test_groups(sizes, tail, tile):
     offsets = torch.tensor([0, *sizes]).cumsum(0).int()
     groups = len(sizes)
     most = min(groups + 1, rows) + rows // tile
-    start = torch.full((groups + 2,), GUARD, dtype=torch.int32)
-    tiles = torch.full((most, 2), GUARD, dtype=torch.int32)
+    tiles = torch.full((most, 3), GUARD, dtype=torch.int32)
     count = torch.full((1,), GUARD, dtype=torch.int32)
-    sort.sort_groups(offsets, rows, tile, start, tiles, count)
+    sort.sort_groups(offsets, rows, tile, tiles, count)
     bounds = [*offsets.clamp(max=rows).tolist(), rows]
-    assert start.tolist() == bounds
     want = [
-        [g if g < groups else -1 - groups, first]
+        [g if g < groups else -1 - groups, first, min(tile, bounds[g + 1] - first)]
         for g in range(groups + 1)
         for first in range(bounds[g], bounds[g + 1], tile)
     ]
