@@ -39,6 +39,7 @@ class Spec:
         zero_tail: tiles of a negative expert write zeros.
         min_step: columns of the narrowest block of K in layout sm80_w4; 32 where 128 divides K.
         block_m, block_n, block_k, stages: rows, outputs (of w), K step, pipeline depth.
+        wide: offsets of x, or inside the weights of an expert, pass 2^31.
         portable: no PTX.
     """
 
@@ -64,6 +65,7 @@ class Spec:
     block_n: int
     block_k: int
     stages: int
+    wide: bool
     portable: bool
 
     @property
@@ -147,15 +149,15 @@ def expert_gemm(
     if spec.divide > 0 or spec.scatter:
         slots = tl.load(slots_ptr + rows, mask=valid, other=0)
     x_rows = slots // spec.divide if spec.divide > 0 else rows
-    x_rows_ptr = x_ptr + x_rows.to(tl.int64) * stride_xm
+    x_offs = _offset(x_rows.to(tl.int64) * stride_xm, spec)
     offs_n = epilogue.weight_rows(j0, N, spec)
     e = expert.to(tl.int64)
     if spec.packed:
-        acc = _packed(x_rows_ptr, w_ptr, w_scale_ptr, e, offs_n, valid, K, N, spec)
+        acc = _packed(x_ptr, x_offs, w_ptr, w_scale_ptr, e, offs_n, valid, K, N, spec)
     elif spec.weight == "dense":
-        acc = _dense(x_rows_ptr, w_ptr, e, offs_n, valid, K, N, spec)
+        acc = _dense(x_ptr, x_offs, w_ptr, e, offs_n, valid, K, N, spec)
     else:
-        acc = _rows(x_rows_ptr, w_ptr, w_scale_ptr, e, offs_n, valid, K, N, spec)
+        acc = _rows(x_ptr, x_offs, w_ptr, w_scale_ptr, e, offs_n, valid, K, N, spec)
     acc = epilogue.scaled(
         acc, x_scale_ptr, factor_ptr, expert_scale_ptr, expert, x_rows, valid, spec
     )
@@ -177,7 +179,16 @@ def _dot(a, x, acc, spec: tl.constexpr):
 
 
 @triton.jit
-def _packed(x_ptrs, w_ptr, s_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
+def _offset(o, spec: tl.constexpr):
+    """int64 offsets in 32 bits where those suffice: half the registers, one instruction to add."""
+    if spec.wide:
+        return o
+    else:
+        return o.to(tl.int32)
+
+
+@triton.jit
+def _packed(x_ptr, x_offs, w_ptr, s_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
     """Layout sm80_w4: sums float32 [block_n, block_m]."""
     tl.assume(K >= 16)
     n_pad = tl.cdiv(N, 8) * 8
@@ -186,75 +197,78 @@ def _packed(x_ptrs, w_ptr, s_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
     PARTS: tl.constexpr = spec.parts
     WIDTH: tl.constexpr = 128 // PARTS
     MIN_STEP: tl.constexpr = spec.min_step
+    WORDS: tl.constexpr = spec.words
     cols = tl.arange(0, 32)
     offs_k = tl.arange(0, WIDTH)
-    # half-words and scale words of the rows, before the block is added
-    w_rows = w_ptr + e * (n_pad * (K // 4)) + (offs_n // 8).to(tl.int64) * (2 * K)
+    # pointers to the block, the same for all; rows only have offsets
+    w_ptr += e * (n_pad * (K // 4))
+    s_ptr += e * (blocks * spec.planes * n_pad * WORDS)
+    w_offs = _offset((offs_n // 8).to(tl.int64) * (2 * K), spec)
     low = offs_n % 8
-    w_at = (w_rows + low * 32)[:, None] + cols[None, :]
-    x_at = x_ptrs[None, :] + offs_k[:, None]
-    words = tl.arange(0, spec.words)
     plane = n_pad.to(tl.int64)
-    s_rows = s_ptr + e * (blocks * spec.planes * n_pad * spec.words) + offs_n * spec.words
-    s_at = s_rows[:, None] + words[None, :]
     BN: tl.constexpr = spec.block_n
     BM: tl.constexpr = spec.block_m
     zeros = tl.zeros((BN, BM), tl.float32)
     acc = zeros
-    k0 = 0
-    for b in tl.range(0, blocks, num_stages=spec.stages):
-        if spec.min_step == 32:
-            w = tl.load(w_at)
-            w_at += 256
+    rest = K
+    for _ in tl.range(0, blocks, num_stages=spec.stages):
+        if MIN_STEP == 32:
             step = 32
+            w = tl.load(w_ptr + (w_offs + low * 32)[:, None] + cols[None, :])
         else:
-            rest = K - k0
             step = tl.where(rest >= 64, 16, tl.where(rest >= 32, 8, 4))
             step = tl.multiple_of(tl.where(rest >= 128, 32, step), MIN_STEP)
-            at = (w_rows + 2 * k0 + low * step)[:, None] + cols[None, :]
-            w = tl.load(at, mask=(cols < step)[None, :], other=0)
+            at = (w_offs + low * step)[:, None] + cols[None, :]
+            w = tl.load(w_ptr + at, mask=(cols < step)[None, :], other=0)
         if spec.after:
             w0, w1, w2, w3 = _codes(w, spec)
+            if spec.weight == "mxfp4":
+                word = tl.load(s_ptr + offs_n)
+                s_ptr += plane
         else:
-            s = tl.load(s_at)
-            s_at += plane * spec.words
-            w0, w1, w2, w3 = _scaled_codes(w, s, spec)
-        if spec.after and spec.weight == "mxfp4":
-            word = tl.load(s_rows + b * plane)
+            at = (offs_n * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
+            w0, w1, w2, w3 = _scaled_codes(w, tl.load(s_ptr + at), spec)
+            s_ptr += plane * WORDS
         for p in tl.static_range(PARTS):
-            if spec.min_step == 32:
-                x = tl.load(x_at, mask=valid[None, :], other=0.0)
-                x_at += WIDTH
+            if MIN_STEP == 32:
+                at = x_offs[None, :] + offs_k[:, None]
+                x = tl.load(x_ptr + p * WIDTH + at, mask=valid[None, :], other=0.0)
             else:
-                k = k0 + (p * (WIDTH // 32) + offs_k // 32) * step + offs_k % 32
+                k = (p * (WIDTH // 32) + offs_k // 32) * step + offs_k % 32
                 inside = (offs_k % 32 < step)[:, None] & valid[None, :]
-                x = tl.load(x_ptrs[None, :] + k[:, None], mask=inside, other=0.0)
-            if spec.parts == 1:
-                a = decode.four_beside(w0, w1, w2, w3)
-            elif spec.parts == 2:
-                if p == 0:
-                    a = decode.beside(w0, w1)
-                else:
-                    a = decode.beside(w2, w3)
-            else:
-                if p == 0:
-                    a = w0
-                elif p == 1:
-                    a = w1
-                elif p == 2:
-                    a = w2
-                else:
-                    a = w3
+                x = tl.load(x_ptr + x_offs[None, :] + k[:, None], mask=inside, other=0.0)
+            a = _part(w0, w1, w2, w3, p, PARTS)
             if not spec.after:
                 acc = _dot(a, x, acc, spec)
+            elif spec.weight == "mxfp4":
+                acc += _dot(a, x, zeros, spec) * decode.e8m0_scale(word, p)[:, None]
             else:
-                if spec.weight == "mxfp4":
-                    scale = decode.e8m0_scale(word, p)
-                else:
-                    scale = tl.load(s_rows + (b * spec.parts + p) * plane)
-                acc += _dot(a, x, zeros, spec) * scale[:, None]
-        k0 += 4 * step
+                acc += _dot(a, x, zeros, spec) * tl.load(s_ptr + offs_n)[:, None]
+                s_ptr += plane
+        w_ptr += 8 * step
+        x_ptr += 4 * step
+        rest -= 4 * step
     return acc
+
+
+@triton.jit
+def _part(w0, w1, w2, w3, PART: tl.constexpr, PARTS: tl.constexpr):
+    """The columns of one dot: all four tensors, two, or one."""
+    if PARTS == 1:
+        return decode.four_beside(w0, w1, w2, w3)
+    elif PARTS == 2:
+        if PART == 0:
+            return decode.beside(w0, w1)
+        else:
+            return decode.beside(w2, w3)
+    elif PART == 0:
+        return w0
+    elif PART == 1:
+        return w1
+    elif PART == 2:
+        return w2
+    else:
+        return w3
 
 
 @triton.jit
@@ -278,25 +292,28 @@ def _scaled_codes(w, s, spec: tl.constexpr):
 
 
 @triton.jit
-def _dense(x_ptrs, w_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
+def _dense(x_ptr, x_offs, w_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
     """Weights [E, N, K] of the type of x: sums float32 [block_n, block_m]."""
     offs_k = tl.arange(0, spec.block_k)
-    w_rows = w_ptr + e * N * K + offs_n.to(tl.int64) * K
+    w_ptr += e * N * K
+    w_offs = _offset(offs_n.to(tl.int64) * K, spec)
     BN: tl.constexpr = spec.block_n
     BM: tl.constexpr = spec.block_m
     zeros = tl.zeros((BN, BM), tl.float32)
     acc = zeros
     for k0 in tl.range(0, K, spec.block_k, num_stages=spec.stages):
-        k = k0 + offs_k
-        inside = k < K
-        w = tl.load(w_rows[:, None] + k[None, :], mask=inside[None, :], other=0.0)
-        x = tl.load(x_ptrs[None, :] + k[:, None], mask=inside[:, None] & valid[None, :], other=0.0)
+        inside = offs_k < K - k0
+        w = tl.load(w_ptr + w_offs[:, None] + offs_k[None, :], mask=inside[None, :], other=0.0)
+        at = x_offs[None, :] + offs_k[:, None]
+        x = tl.load(x_ptr + at, mask=inside[:, None] & valid[None, :], other=0.0)
         acc = _dot(w, x, acc, spec)
+        w_ptr += spec.block_k
+        x_ptr += spec.block_k
     return acc
 
 
 @triton.jit
-def _rows(x_ptrs, w_ptr, s_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
+def _rows(x_ptr, x_offs, w_ptr, s_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
     """Bytes as in the checkpoint, two dots a step for even and odd k, scales on the sums.
 
     nvfp4 has two groups a step and scales the weight instead, which is exact.
@@ -317,7 +334,7 @@ def _rows(x_ptrs, w_ptr, s_ptr, e, offs_n, valid, K, N, spec: tl.constexpr):
         at = k0 // 2 + bytes_
         w = tl.load(w_rows[:, None] + at[None, :], mask=(at < K // 2)[None, :], other=0)
         inside = (k0 + offs_k < K)[None, :] & valid[:, None]
-        x = tl.load(x_ptrs[:, None] + (k0 + offs_k)[None, :], mask=inside, other=0.0)
+        x = tl.load(x_ptr + x_offs[:, None] + (k0 + offs_k)[None, :], mask=inside, other=0.0)
         HALF: tl.constexpr = WIDTH // 2
         even, odd = tl.split(tl.reshape(x, (BM, HALF, 2)))
         code = w.to(tl.int32)

@@ -151,14 +151,36 @@ def times(S, g):
 
 
 @triton.jit
-def dot(S, x, LOG2: tl.constexpr):
-    """<S[row], x> for every row: chunks [.., .., BLOCK_K] and [1, .., BLOCK_K] give [.., .., 1]."""
+def order_free_sum(p):
+    """Sum over the last dimension in integers of 2^-55 of the largest: no order changes a bit."""
+    top = tl.max(tl.abs(p), axis=2, keep_dims=True)
+    exponent = (top.to(tl.int32, bitcast=True) >> 23).to(tl.int64)
+    up = ((1023 + 127 + 55 - exponent) << 52).to(tl.float64, bitcast=True)
+    down = ((1023 - 127 - 55 + exponent) << 52).to(tl.float64, bitcast=True)
+    n = tl.sum((p.to(tl.float64) * up).to(tl.int64), axis=2, keep_dims=True)
+    plain = tl.sum(p, axis=2, keep_dims=True)
+    return tl.where(plain - plain == 0.0, (n.to(tl.float64) * down).to(tl.float32), plain)
+
+
+@triton.jit
+def dot(S, x, TILE: tl.constexpr):
+    """<S[row], x> for every row: chunks [.., .., BLOCK_K] of both give [.., .., 1]."""
     p = S[0] * x[0]
     for c in tl.static_range(1, len(x)):
-        p = tl.fma(S[c], tl.broadcast_to(x[c], S[c].shape), p)
-    for _ in tl.static_range(LOG2):
-        p = tl.sum(tl.reshape(p, (p.shape[0], p.shape[1], p.shape[2] // 2, 2)), axis=3)
-    return p
+        p = tl.fma(S[c], x[c], p)
+    if TILE[4]:
+        return order_free_sum(p)
+    else:
+        return tl.sum(p, axis=2, keep_dims=True)
+
+
+@triton.jit
+def spread(x, S):
+    """x repeated for every row of S: sums of it are then taken in the lanes that hold S."""
+    y = ()
+    for c in tl.static_range(len(x)):
+        y = y + (tl.broadcast_to(x[c], S[c].shape),)
+    return y
 
 
 @triton.jit
@@ -166,8 +188,7 @@ def rank1(S, u, x):
     """S + u x^T."""
     y = ()
     for c in tl.static_range(len(S)):
-        u_c = tl.broadcast_to(u, S[c].shape)
-        y = y + (tl.fma(u_c, tl.broadcast_to(x[c], S[c].shape), S[c]),)
+        y = y + (tl.fma(tl.broadcast_to(u, S[c].shape), x[c], S[c]),)
     return y
 
 
@@ -201,8 +222,8 @@ def pick(x, ts, t):
 
 
 @triton.jit
-def norm_factor(x, LOG2: tl.constexpr, L2NORM: tl.constexpr):
-    square = dot(x, x, LOG2)
+def norm_factor(x, TILE: tl.constexpr, L2NORM: tl.constexpr):
+    square = dot(x, x, TILE)
     if L2NORM:
         return tl.rsqrt(square + 1e-6)
     else:
@@ -210,15 +231,16 @@ def norm_factor(x, LOG2: tl.constexpr, L2NORM: tl.constexpr):
 
 
 @triton.jit
-def token(S, x_q, x_k, x_v, g, beta, scale, LOG2: tl.constexpr, L2NORM: tl.constexpr):
-    """One token: the state after it, the output and u [.., .., 1], and the norm factor of k."""
-    r_k = norm_factor(x_k, LOG2, L2NORM)
-    r_q = norm_factor(x_q, LOG2, L2NORM) * scale
+def token(S, x_q, x_k, x_v, g, beta, scale, TILE: tl.constexpr, L2NORM: tl.constexpr):
+    """One token: the state after it; the output, u and the norm factor of k [.., .., 1]."""
     S = times(S, g)
-    error = tl.fma(dot(S, x_k, LOG2), tl.broadcast_to(-r_k, x_v.shape), x_v)
-    u = beta * error
+    x_k = spread(x_k, S)
+    x_q = spread(x_q, S)
+    r_k = norm_factor(x_k, TILE, L2NORM)
+    r_q = norm_factor(x_q, TILE, L2NORM) * scale
+    u = beta * tl.fma(dot(S, x_k, TILE), -r_k, x_v)
     w = u * r_k
-    o = tl.fma(w, tl.broadcast_to(dot(x_k, x_q, LOG2), w.shape), dot(S, x_q, LOG2)) * r_q
+    o = tl.fma(w, dot(x_k, x_q, TILE), dot(S, x_q, TILE)) * r_q
     return rank1(S, w, x_k), o, u, r_k
 
 
@@ -293,7 +315,9 @@ def gdn_decode_kernel(
             next_q = load_vector(q_ptr, SIZE, TILE)
             next_k = load_vector(k_ptr, SIZE, TILE)
             next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
-            S, o, _, _ = token(S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, TILE[4], L2NORM)
+            S, o, _, _ = token(
+                S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, TILE, L2NORM
+            )
             save(out_ptr + row, o, row < SIZE[0], V_MASK)
             out_ptr += out.t
             if snap.ptr is not None:
@@ -303,9 +327,28 @@ def gdn_decode_kernel(
         save_state(state_ptr, S, tile, SIZE, TILE, STATE)
 
 
+def strides(x, dims):
+    """The first strides of x; 0, which divides by 16, for a dimension of one element."""
+    return tuple(s if n > 1 else 0 for n, s in zip(x.shape[:dims], x.stride(), strict=False))
+
+
 def view(x):
     """A tensor [B, T, heads, ...] with its strides; None of no tensor."""
-    return View(None, 0, 0, 0) if x is None else View(x, x.stride(0), x.stride(1), x.stride(2))
+    return View(None, 0, 0, 0) if x is None else View(x, *strides(x, 3))
+
+
+def aligned(x):
+    """Every row starts on 16 bytes, and Triton can tell."""
+    return x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in strides(x, x.dim() - 1))
+
+
+def keys(x, constants):
+    """The view of q or k; where sums must come in lane order, every row starts on 16 bytes."""
+    if not constants["TILE"][4] and not aligned(x):
+        x = x.new_empty(*x.shape[:-1], triton.cdiv(x.shape[-1], 16) * 16)[..., : x.shape[-1]].copy_(
+            x
+        )
+    return view(x)
 
 
 def index_of(x):
@@ -322,7 +365,7 @@ def gate_of(gates):
 
 def pool_of(state):
     """A state pool with its size and outer strides."""
-    return Pool(state, state.shape[0], state.stride(0), state.stride(1))
+    return Pool(state, state.shape[0], *strides(state, 2))
 
 
 def strides_vk(x, layout):
@@ -337,11 +380,18 @@ def grid(problem, config):
     return (problem.HV * tiles, min(B, GRID_Y), triton.cdiv(B, GRID_Y))
 
 
-def constants(problem, config):
-    """Compile-time arguments that both kernels take."""
+def constants(problem, config, x):
+    """Compile-time arguments that both kernels take.
+
+    Where the rows of a state do not start on 16 bytes, or lanes hold fewer numbers of a key than of
+    a state, Triton may sum in other lanes in one kernel than in the other. Sums are then taken in
+    integers, which costs time and keeps the bits the same.
+    """
+    wide = x.q.element_size() * config.vector > 16
+    order_free = wide or problem.DK % 16 != 0 or not aligned(x.state)
     return {
         "SIZE": (problem.DV, problem.DK),
-        "TILE": (config.block_v, config.rows, config.block_k, config.vector, config.block_k.bit_length() - 1),
+        "TILE": (config.block_v, config.rows, config.block_k, config.vector, order_free),
         "GROUP": problem.HV // problem.HQ,
         "L2NORM": problem.qk_l2norm,
         "num_warps": 1,
@@ -355,9 +405,10 @@ def run(problem, config, x):
         return
     snap = x.intermediate_states
     state = strides_vk(x.state, problem.layout)
+    compiled_for = constants(problem, config, x)
     gdn_decode_kernel[grid(problem, config)](
-        view(x.q),
-        view(x.k),
+        keys(x.q, compiled_for),
+        keys(x.k, compiled_for),
         view(x.v),
         view(x.gates[0]),
         view(x.gates[1]),
@@ -372,5 +423,5 @@ def run(problem, config, x):
         STATE=state,
         SNAP=state if snap is None else strides_vk(snap, problem.layout),
         UPDATE=problem.update,
-        **constants(problem, config),
+        **compiled_for,
     )

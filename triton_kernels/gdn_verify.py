@@ -20,6 +20,7 @@ from cutemoe.triton_kernels.gdn import (
     gates,
     grid,
     index_of,
+    keys,
     load_state,
     load_vector,
     pick,
@@ -29,6 +30,7 @@ from cutemoe.triton_kernels.gdn import (
     save,
     save_state,
     slot_of,
+    spread,
     strides_vk,
     times,
     token,
@@ -73,7 +75,7 @@ def fold(S, draft, at, h, hq, u_ptr, row, stop, SIZE: tl.constexpr, TILE: tl.con
         next_r = tl.load(r_ptr)
         next_k = load_vector(k_ptr, SIZE, TILE)
         next_u = read(u_ptr + row, row < SIZE[0], V_MASK)
-        S = rank1(times(S, g), w, x_k)
+        S = rank1(times(S, g), w, spread(x_k, S))
     return S
 
 
@@ -190,12 +192,12 @@ def gdn_verify_kernel(
                 next_k = load_vector(k_ptr, SIZE, TILE)
                 next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
                 S, o, u, r_k = token(
-                    S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, TILE[4], L2NORM
+                    S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, TILE, L2NORM
                 )
                 save(out_ptr + row, o, row < SIZE[0], V_MASK)
                 save(u_ptr + row, u, row < SIZE[0], V_MASK)
                 if first:
-                    tl.store(r_ptr + tl.zeros_like(r_k).to(tl.int32), r_k)
+                    tl.store(r_ptr, tl.max(tl.reshape(r_k, (BLOCK_V,)), axis=0))
                 r_ptr += draft.HQ
                 out_ptr += out.t
                 u_ptr += draft.HV * SIZE[0]
@@ -208,9 +210,10 @@ def run(problem, config, x):
     if problem.B == 0:
         return
     d = x.draft
+    compiled_for = constants(problem, config, x)
     gdn_verify_kernel[grid(problem, config)](
-        view(x.q),
-        view(x.k),
+        keys(x.q, compiled_for),
+        keys(x.k, compiled_for),
         view(x.v),
         view(x.gates[0]),
         view(x.gates[1]),
@@ -225,5 +228,5 @@ def run(problem, config, x):
         x.scale,
         STATE=strides_vk(x.state, problem.layout),
         TOKENS=problem.T > 0,
-        **constants(problem, config),
+        **compiled_for,
     )

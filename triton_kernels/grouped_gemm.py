@@ -44,9 +44,16 @@ def spec_of(weight: PackedWeight, config: GemmConfig, x: torch.Tensor, **given: 
         "block_n": config.block_n,
         "block_k": config.block_k,
         "stages": config.stages,
+        "wide": _is_wide(x, weight),
         "portable": launch.portable(),
     }
     return Spec(**(fields | given))
+
+
+def _is_wide(x: torch.Tensor, weight: PackedWeight) -> bool:
+    """An offset of x, or of the elements of one expert's weights, passes 2^31."""
+    _, n, k = weight.shape
+    return x.shape[0] * x.stride(0) >= 2**31 or sm80_w4.padded(n) * k >= 2**31
 
 
 def multiply(

@@ -70,14 +70,14 @@ def quantize_rows(
             expert = expert_of(row, start_ptr, E, BINS)
     x_row = x_ptr + source.to(tl.int64) * stride_xm
     out_row = out_ptr + row.to(tl.int64) * W
-    if FORMAT == "nvfp4":
-        _nvfp4_row(x_row, out_row, tl.load(expert_scale_ptr + expert), W, BLOCK)
+    if expert_scale_ptr is not None:
+        s = tl.load(expert_scale_ptr + expert)
     else:
-        if expert_scale_ptr is not None:
-            s = tl.load(expert_scale_ptr + expert)
-        else:
-            s = _row_scale(x_row, W, BLOCK)
-            tl.store(scale_ptr + row, s)
+        s = _row_scale(x_row, W, BLOCK)
+        tl.store(scale_ptr + row, s)
+    if FORMAT == "nvfp4":
+        _nvfp4_row(x_row, out_row, s, W, BLOCK)
+    else:
         _fp8_row(x_row, out_row, s, W, BLOCK)
 
 

@@ -34,7 +34,7 @@ def run(problem: Problem, config: Config, x: GDNTensors) -> None:
     """
     if problem.B == 0 or (problem.T == 0 and x.draft is None):
         return
-    _check_reach(problem, x)
+    _check_reach(x)
     draft = None
     if x.draft is not None:
         d = x.draft
@@ -69,6 +69,8 @@ def complete(config: Config, x: GDNTensors) -> Config:
         index="" if x.state_indices is None else _NAMES[x.state_indices.dtype],
         accepted="" if x.num_accepted is None else _NAMES[x.num_accepted.dtype],
         wide=wide,
+        # scalar accesses need more registers than a cap leaves
+        blocks=config.blocks if all(wide) else 0,
     )
 
 
@@ -81,7 +83,7 @@ def _aligned(nbytes: int, *tensors: torch.Tensor) -> bool:
     return True
 
 
-def _check_reach(problem: Problem, x: GDNTensors) -> None:
+def _check_reach(x: GDNTensors) -> None:
     """The kernel computes offsets within a sequence and within a state in 32 bits."""
     named: list[tuple[str, Any, int]] = [
         ("q", x.q, 1), ("k", x.k, 1), ("v", x.v, 1), ("out", x.out, 1), ("state", x.state, 2),

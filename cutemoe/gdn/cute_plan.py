@@ -71,7 +71,8 @@ def configure(problem: Problem, device: Device) -> Config:
     and everything folded; at B=1 3.7 us without the cap, 4.3 us with it).
     """
     p = problem
-    many = p.B * p.HV * p.DV > 16 * 12 * device.sm_count
+    rows = p.B * p.HV * p.DV
+    many = device.arch == 90 and rows > 16 * 12 * device.sm_count
     tile = 4 if p.T <= 4 or p.dtype == "float32" else 8
     warps = next((w for w in (4, 2, 1) if p.DV % (16 * w) == 0), 4)
     return Config(
@@ -79,7 +80,7 @@ def configure(problem: Problem, device: Device) -> Config:
         tile=tile,
         loop=p.T == 0 or tile < p.T,
         warps=warps,
-        blocks=16 // warps if many and p.window is not None else 0,
+        blocks=16 // warps if many and p.T > 0 and p.window is not None else 0,
         io=p.dtype,
         state=p.state,
         layout=p.layout,

@@ -202,6 +202,7 @@ class Rows:
     # ---- numbers
 
     def from_lane(self, x, lane):
+        """x of another lane."""
         return cute.arch.shuffle_sync(x, lane)
 
     def number(self, rX, j, *where):
@@ -254,6 +255,7 @@ class Rows:
         return rB, rL
 
     def mma(self, rD, rA, rB):
+        """rD += rA rB, one m16n8k8 of TF32 registers."""
         atom = cute.make_mma_atom(MmaTF32Op((16, 8, 8)))
         a, b = cute.recast_tensor(rA, TFloat32), cute.recast_tensor(rB, TFloat32)
         cute.mma_atom_call(atom, rD, a, b, rD)

@@ -41,22 +41,20 @@ def refuse_triton(problem: Problem, device: Device) -> str | None:
 
 
 def configure(problem: Problem, device: Device) -> GDNConfig:
-    """The tile for a problem.
+    """The tile for a problem: 16 rows of 128 columns, or 8 where programs are few.
 
-    Eight rows of 128 columns where states are written after every token or programs are few,
-    sixteen elsewhere (H200, HV=32, float32, T=4: 5.9 and 181 us against 6.3 and 185 with snapshots
-    at B=1 and 64; 93 against 85 with an update only).
+    H200, HV=32, B = 1 / 64, 8 and 16 rows, us: float32 T=4 with snapshots 6.9/178 and 6.5/179,
+    update only 5.7/89 and 6.0/86, verification 7.5/122 and 8.3/106.
     """
     columns = _power_of_2(problem.DK)
-    rows = problem.B * problem.HV * problem.DV
-    many = rows >= 256 * device.sm_count and not problem.snapshots
-    cells = 2048 if many else 1024
     wide = 4 if problem.state == "float32" else 8
     if problem.layout == "kv":
         block_v = min(max(2048 // columns, 4), 16)
         return GDNConfig(block_v, block_v, min(2 * wide, columns), 1)
+    few = 256 * device.sm_count >= problem.B * problem.HV * problem.DV
+    cells = 1024 if few and not problem.snapshots else 2048
     vector = min(wide, columns)
-    block_k = min(8 * vector, columns)
+    block_k = min(64, columns)
     rows = 32 * vector // block_k
     return GDNConfig(max(min(cells // columns, 32), rows), rows, block_k, vector)
 

@@ -121,17 +121,17 @@ def gdn_decode(problem: Problem, config: None, x: GDNTensors) -> None:
 
 def gdn_verify(problem: Problem, config: None, x: GDNTensors) -> None:
     """Folds the accepted tokens into state, writes out, and records the new window."""
-    assert x.draft is not None and x.num_accepted is not None
+    draft, num_accepted = x.opened()
     if problem.B == 0:
         return
     slots, live = _slots(problem, x)
     if problem.slots == 0:
         x.out.zero_()
         return
-    T, draft, pool = problem.T, x.draft, _vk(x.state, problem)
+    T, pool = problem.T, _vk(x.state, problem)
     mark = draft.mark[slots, 0, 0].int()
     half, count = mark & 1, mark >> 1
-    accepted = torch.minimum(x.num_accepted.clamp(min=0), count)
+    accepted = torch.minimum(num_accepted.clamp(min=0), count)
     old = pool[slots]
     S = _fold(problem, x, old.float().contiguous(), slots, half, accepted)
     new = torch.where(_like(accepted > 0, old), S.to(pool.dtype), old)
@@ -151,12 +151,12 @@ def gdn_verify(problem: Problem, config: None, x: GDNTensors) -> None:
 
 def _fold(problem: Problem, x: GDNTensors, S, slots, half, accepted) -> torch.Tensor:
     """S after the first `accepted` recorded tokens of each row."""
-    assert x.draft is not None and problem.window is not None
+    draft, _ = x.opened()
     group = problem.HV // problem.HQ
-    u, g = x.draft.u[slots], x.draft.log_g[slots, half].exp()
-    r_k = x.draft.k_rnorm[slots, half].repeat_interleave(group, 2)
-    k = x.draft.k[slots, half].float().repeat_interleave(group, 2)
-    for t in range(problem.window):
+    u, g = draft.u[slots], draft.log_g[slots, half].exp()
+    r_k = draft.k_rnorm[slots, half].repeat_interleave(group, 2)
+    k = draft.k[slots, half].float().repeat_interleave(group, 2)
+    for t in range(draft.u.shape[1]):
         folded = rank1(S * g[:, t, :, None, None], u[:, t] * r_k[:, t, :, None], k[:, t])
         S = torch.where(_like(accepted > t, S), folded, S)
     return S

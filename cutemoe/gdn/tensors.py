@@ -44,3 +44,9 @@ class GDNTensors:
     intermediate_states: torch.Tensor | None = None
     draft: DraftTensors | None = None
     num_accepted: torch.Tensor | None = None
+
+    def opened(self) -> tuple[DraftTensors, torch.Tensor]:
+        """draft and num_accepted of a verify call."""
+        if self.draft is None or self.num_accepted is None:
+            raise TypeError("draft and num_accepted belong to gdn_verify")
+        return self.draft, self.num_accepted

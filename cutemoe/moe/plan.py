@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
-from cutemoe.gemm.plan import GemmConfig, choose_tile, refuse_layout
+from cutemoe.gemm.plan import GemmConfig, WeightForm, choose_rows, choose_tile, refuse_layout
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
@@ -65,9 +66,15 @@ def refuse_triton(problem: Problem, device: Device) -> str | None:
 
 def configure_triton(problem: Problem, device: Device) -> MoEConfig:
     """Tiles for the Triton kernels, from the rows that an expert can expect."""
-    rows = problem.tokens * problem.top_k
-    tile = choose_tile(rows, problem.experts, problem.weight, problem.layout, device)
-    return MoEConfig(tile.block_m, tile, tile)
+    p = problem
+    rows = p.tokens * p.top_k
+    both = gcd(p.hidden, p.intermediate)
+    form = WeightForm(p.weight, p.group_size, p.layout, p.activations, both)
+    block_m = choose_rows(form, rows / p.experts, device)
+    active = min(rows, p.experts)
+    n13 = p.intermediate * (2 if p.gated else 1)
+    fc1, fc2 = (choose_tile(form, block_m, active * n, device) for n in (n13, p.hidden))
+    return MoEConfig(block_m, fc1, fc2)
 
 
 def refuse_route(problem: RouteProblem, device: Device) -> str | None:

@@ -54,7 +54,8 @@ def test_the_reference_layer_is_within_the_bound(name: str, gate_up: str, seed: 
 
 
 def steps(tokens: int, g: torch.Generator) -> tuple[Steps, torch.Tensor]:
-    b, hq, hv, d = 3, 2, 4, 16
+    # the worst of many elements: that of a few is another one in every order of summation
+    b, hq, hv, d = 24, 2, 4, 64
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g).to(torch.bfloat16)
@@ -65,11 +66,12 @@ def steps(tokens: int, g: torch.Generator) -> tuple[Steps, torch.Tensor]:
     return Steps(q, k, v, a, beta, a_log, dt_bias), torch.randn(b, hv, d, d, generator=g)
 
 
-@given(tokens=st.integers(1, 4), seed=st.integers(0, 2**31 - 1))
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tokens", (1, 4))
 def test_the_reference_steps_are_within_the_bound(tokens: int, seed: int) -> None:
     s, state = steps(tokens, torch.Generator().manual_seed(seed))
     pool = state.clone()
-    every = torch.empty(3, tokens, *state.shape[1:])
+    every = torch.empty(state.shape[0], tokens, *state.shape[1:])
     gates: dict[str, Any] = {"a": s.a, "b": s.b, "A_log": s.A_log, "dt_bias": s.dt_bias}
     out = cutemoe.gdn_decode(s.q, s.k, s.v, state=pool, intermediate_states=every, **gates)
     o, states = oracle.gdn(s, state, torch.float64)

@@ -33,7 +33,9 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
     from cutemoe.gdn.cute_plan import Config
     from tests.compile.worker import _read
 
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()
+    }
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         kernel = build(Config(**fields), f"--gpu-arch {request['arch']}")

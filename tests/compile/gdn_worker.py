@@ -88,7 +88,7 @@ def compile_call(op: str, name: str, device: Any) -> dict[str, Any]:
     from cutemoe.triton_kernels import gdn, gdn_verify
     from tests.compile.worker import _read
 
-    c = (DECODE if op == "decode" else VERIFY)[name]
+    c: tuple[Any, ...] = (DECODE if op == "decode" else VERIFY)[name]
     HQ, HV, DK, DV, dtype, state, layout, raw, l2norm, B, T = c[:11]
     q, k, v, gates, pool, index, out = tensors(HQ, HV, DK, DV, dtype, state, layout, raw, B, T)
     if op == "decode":
@@ -127,7 +127,7 @@ def main(arch: int) -> None:
 
     from cutemoe.runtime.device import Device
 
-    driver.set_active(Driver(arch))
+    driver.set_active(Driver(arch))  # pyright: ignore[reportArgumentType]
     device = Device("cuda", arch=arch, sm_count=132, has_triton=True)
     for op, calls in (("decode", DECODE), ("verify", VERIFY)):
         for name in calls:

@@ -1,5 +1,7 @@
 """What only the CuTe back end can do wrong: alignment, capture, long windows, many steps."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -85,11 +87,16 @@ def test_a_thousand_rounds_stay_as_near_as_float32_decoding():
     state = torch.randn(B, HV, D, D, device="cuda", generator=g)
     exact, single = state.double(), state.clone()
     draft = cutemoe.GDNDraft.allocate(B, T, HQ, HV, D)
-    gates = {"A_log": torch.full((HV,), -6.0, device="cuda"), "dt_bias": torch.zeros(HV).cuda()}
+    gates: dict[str, Any] = {
+        "A_log": torch.full((HV,), -6.0, device="cuda"),
+        "dt_bias": torch.zeros(HV).cuda(),
+    }
     window: dict | None = None
     for _ in range(1000):
-        call = {n: torch.randn(B, T, h, D, device="cuda", generator=g).bfloat16()
-                for n, h in (("q", HQ), ("k", HQ), ("v", HV))}  # fmt: skip
+        call: dict[str, Any] = {
+            n: torch.randn(B, T, h, D, device="cuda", generator=g).bfloat16()
+            for n, h in (("q", HQ), ("k", HQ), ("v", HV))
+        }
         call |= {n: torch.randn(B, T, HV, device="cuda", generator=g).bfloat16() for n in "ab"}
         n = torch.randint(0, T + 1, (B,), device="cuda", generator=g)
         cutemoe.gdn_verify(

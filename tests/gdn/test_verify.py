@@ -154,7 +154,7 @@ def test_padding_touches_nothing(target, case, seed):
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
+    return x.flatten().contiguous().view(torch.uint8)
 
 
 def test_a_fresh_draft_is_empty_whatever_is_said_to_be_accepted(target):

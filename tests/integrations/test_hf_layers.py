@@ -50,9 +50,15 @@ def filled(layer: nn.Module) -> Any:
     return layer.to(torch.bfloat16).requires_grad_(False)
 
 
+# fixed in the class up to transformers 5.17, read from the configuration later
+GPT_OSS_SIZES = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 LAYERS: dict[str, tuple[Any, Any, str]] = {
-    "gpt_oss": (lambda: GptOssExperts(config()), GPT_OSS, "interleaved"),
-    "privacy_filter": (lambda: OpenAIPrivacyFilterExperts(config()), GPT_OSS, "gate_up"),
+    "gpt_oss": (lambda: GptOssExperts(config(**GPT_OSS_SIZES)), GPT_OSS, "interleaved"),
+    "privacy_filter": (
+        lambda: OpenAIPrivacyFilterExperts(config(**GPT_OSS_SIZES)),
+        GPT_OSS,
+        "gate_up",
+    ),
     "minimax_m3": (lambda: MiniMaxM3VLExperts(config()), SwiGLU(1.25, 1.0, 2.0), "gate_up"),
     "deepseek_v4": (lambda: DeepseekV4Experts(config()), SwiGLU(limit=2.0), "gate_up"),
     "mixtral": (lambda: MixtralExperts(config()), SwiGLU(), "gate_up"),
