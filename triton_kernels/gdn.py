@@ -19,6 +19,7 @@ bits whatever the kernel, the tile and the batch it came from.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -135,6 +136,14 @@ def load_vector(ptr, SIZE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def load_flat(ptr, SIZE: tl.constexpr):
+    """A key or query once, for sums over it alone; its lines are in L1 from `load_vector`."""
+    COLS: tl.constexpr = triton.next_power_of_2(SIZE[1])
+    col = tl.arange(0, COLS)
+    return read(ptr + col, col < SIZE[1], SIZE[1] != COLS).to(tl.float32)
+
+
+@triton.jit
 def float32(x):
     y = ()
     for c in tl.static_range(len(x)):
@@ -151,36 +160,36 @@ def times(S, g):
 
 
 @triton.jit
-def order_free_sum(p):
-    """Sum over the last dimension in integers of 2^-55 of the largest: no order changes a bit."""
-    top = tl.max(tl.abs(p), axis=2, keep_dims=True)
+def order_free_sum(p, AXIS: tl.constexpr):
+    """The sum in integers of 2^-55 of the largest element: no order of it changes a bit."""
+    top = tl.max(tl.abs(p), axis=AXIS, keep_dims=True)
     exponent = (top.to(tl.int32, bitcast=True) >> 23).to(tl.int64)
     up = ((1023 + 127 + 55 - exponent) << 52).to(tl.float64, bitcast=True)
     down = ((1023 - 127 - 55 + exponent) << 52).to(tl.float64, bitcast=True)
-    n = tl.sum((p.to(tl.float64) * up).to(tl.int64), axis=2, keep_dims=True)
-    plain = tl.sum(p, axis=2, keep_dims=True)
+    n = tl.sum((p.to(tl.float64) * up).to(tl.int64), axis=AXIS, keep_dims=True)
+    plain = tl.sum(p, axis=AXIS, keep_dims=True)
     return tl.where(plain - plain == 0.0, (n.to(tl.float64) * down).to(tl.float32), plain)
 
 
 @triton.jit
-def dot(S, x, TILE: tl.constexpr):
-    """<S[row], x> for every row: chunks [.., .., BLOCK_K] of both give [.., .., 1]."""
+def dot_rows(S, x, TILE: tl.constexpr):
+    """<S[row], x> for every row: chunks [.., .., BLOCK_K] and [1, .., BLOCK_K] give [.., .., 1]."""
     p = S[0] * x[0]
     for c in tl.static_range(1, len(x)):
-        p = tl.fma(S[c], x[c], p)
+        p = tl.fma(S[c], tl.broadcast_to(x[c], S[c].shape), p)
     if TILE[4]:
-        return order_free_sum(p)
+        return order_free_sum(p, 2)
     else:
         return tl.sum(p, axis=2, keep_dims=True)
 
 
 @triton.jit
-def spread(x, S):
-    """x repeated for every row of S: sums of it are then taken in the lanes that hold S."""
-    y = ()
-    for c in tl.static_range(len(x)):
-        y = y + (tl.broadcast_to(x[c], S[c].shape),)
-    return y
+def dot(x, y, TILE: tl.constexpr):
+    """<x, y> of two vectors, a scalar."""
+    if TILE[4]:
+        return tl.sum(order_free_sum(x * y, 0), axis=0)
+    else:
+        return tl.sum(x * y, axis=0)
 
 
 @triton.jit
@@ -188,7 +197,8 @@ def rank1(S, u, x):
     """S + u x^T."""
     y = ()
     for c in tl.static_range(len(S)):
-        y = y + (tl.fma(tl.broadcast_to(u, S[c].shape), x[c], S[c]),)
+        u_c = tl.broadcast_to(u, S[c].shape)
+        y = y + (tl.fma(u_c, tl.broadcast_to(x[c], S[c].shape), S[c]),)
     return y
 
 
@@ -223,25 +233,23 @@ def pick(x, ts, t):
 
 @triton.jit
 def norm_factor(x, TILE: tl.constexpr, L2NORM: tl.constexpr):
-    square = dot(x, x, TILE)
     if L2NORM:
-        return tl.rsqrt(square + 1e-6)
+        return tl.rsqrt(dot(x, x, TILE) + 1e-6)
     else:
-        return tl.full(square.shape, 1.0, tl.float32)
+        return tl.full((), 1.0, tl.float32)
 
 
 @triton.jit
-def token(S, x_q, x_k, x_v, g, beta, scale, TILE: tl.constexpr, L2NORM: tl.constexpr):
-    """One token: the state after it; the output, u and the norm factor of k [.., .., 1]."""
+def token(S, x_q, x_k, x_v, r_q, r_k, kq, g, beta, TILE: tl.constexpr):
+    """One token: the state after it, the output and u [.., .., 1].
+
+    r_q and r_k are the factors of q (with the scale) and k, kq is their product without factors.
+    """
     S = times(S, g)
-    x_k = spread(x_k, S)
-    x_q = spread(x_q, S)
-    r_k = norm_factor(x_k, TILE, L2NORM)
-    r_q = norm_factor(x_q, TILE, L2NORM) * scale
-    u = beta * tl.fma(dot(S, x_k, TILE), -r_k, x_v)
+    u = beta * tl.fma(dot_rows(S, x_k, TILE), tl.zeros_like(x_v) - r_k, x_v)
     w = u * r_k
-    o = tl.fma(w, dot(x_k, x_q, TILE), dot(S, x_q, TILE)) * r_q
-    return rank1(S, w, x_k), o, u, r_k
+    o = tl.fma(w, tl.zeros_like(w) + kq, dot_rows(S, x_q, TILE)) * r_q
+    return rank1(S, w, x_k), o, u
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -308,6 +316,8 @@ def gdn_decode_kernel(
             x_q = float32(next_q)
             x_k = float32(next_k)
             x_v = next_v.to(tl.float32)
+            y_q = load_flat(q_ptr, SIZE)
+            y_k = load_flat(k_ptr, SIZE)
             if t + 1 < T:
                 q_ptr += q.t
                 k_ptr += k.t
@@ -315,9 +325,12 @@ def gdn_decode_kernel(
             next_q = load_vector(q_ptr, SIZE, TILE)
             next_k = load_vector(k_ptr, SIZE, TILE)
             next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
-            S, o, _, _ = token(
-                S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, TILE, L2NORM
-            )
+            r_q = norm_factor(y_q, TILE, L2NORM) * scale
+            r_k = norm_factor(y_k, TILE, L2NORM)
+            kq = dot(y_k, y_q, TILE)
+            g_t = pick(g, ts, t)
+            beta_t = pick(beta, ts, t)
+            S, o, _ = token(S, x_q, x_k, x_v, r_q, r_k, kq, g_t, beta_t, TILE)
             save(out_ptr + row, o, row < SIZE[0], V_MASK)
             out_ptr += out.t
             if snap.ptr is not None:
@@ -343,11 +356,9 @@ def aligned(x):
 
 
 def keys(x, constants):
-    """The view of q or k; where sums must come in lane order, every row starts on 16 bytes."""
+    """The view of q or k; where sums come in the order of lanes, every row starts on 16 bytes."""
     if not constants["TILE"][4] and not aligned(x):
-        x = x.new_empty(*x.shape[:-1], triton.cdiv(x.shape[-1], 16) * 16)[..., : x.shape[-1]].copy_(
-            x
-        )
+        x = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
     return view(x)
 
 
@@ -373,30 +384,31 @@ def strides_vk(x, layout):
     return (x.stride(-2), 1) if layout == "vk" else (1, x.stride(-2))
 
 
-def grid(problem, config):
-    """Row tiles of all heads; sequences, 32768 at a time."""
-    B = problem.B
-    tiles = triton.cdiv(problem.DV, config.block_v)
-    return (problem.HV * tiles, min(B, GRID_Y), triton.cdiv(B, GRID_Y))
-
-
 def constants(problem, config, x):
     """Compile-time arguments that both kernels take.
 
     Where the rows of a state do not start on 16 bytes, or lanes hold fewer numbers of a key than of
     a state, Triton may sum in other lanes in one kernel than in the other. Sums are then taken in
-    integers, which costs time and keeps the bits the same.
+    integers, which costs time and registers and keeps the bits the same.
     """
     wide = x.q.element_size() * config.vector > 16
     order_free = wide or problem.DK % 16 != 0 or not aligned(x.state)
+    block_v = max(config.block_v // 4, 1) if order_free else config.block_v
+    rows = min(config.rows, block_v)
     return {
         "SIZE": (problem.DV, problem.DK),
-        "TILE": (config.block_v, config.rows, config.block_k, config.vector, order_free),
+        "TILE": (block_v, rows, config.block_k, config.vector, order_free),
         "GROUP": problem.HV // problem.HQ,
         "L2NORM": problem.qk_l2norm,
         "num_warps": 1,
         "enable_fp_fusion": False,
     }
+
+
+def grid(problem, constants):
+    """Row tiles of all heads; sequences, 32768 at a time."""
+    B, tiles = problem.B, triton.cdiv(problem.DV, constants["TILE"][0])
+    return (problem.HV * tiles, min(B, GRID_Y), triton.cdiv(B, GRID_Y))
 
 
 def run(problem, config, x):
@@ -406,7 +418,7 @@ def run(problem, config, x):
     snap = x.intermediate_states
     state = strides_vk(x.state, problem.layout)
     compiled_for = constants(problem, config, x)
-    gdn_decode_kernel[grid(problem, config)](
+    gdn_decode_kernel[grid(problem, compiled_for)](
         keys(x.q, compiled_for),
         keys(x.k, compiled_for),
         view(x.v),

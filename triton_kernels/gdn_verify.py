@@ -15,14 +15,17 @@ import triton.language as tl
 
 from cutemoe.triton_kernels.gdn import (
     constants,
+    dot,
     float32,
     gate_of,
     gates,
     grid,
     index_of,
     keys,
+    load_flat,
     load_state,
     load_vector,
+    norm_factor,
     pick,
     pool_of,
     rank1,
@@ -30,7 +33,6 @@ from cutemoe.triton_kernels.gdn import (
     save,
     save_state,
     slot_of,
-    spread,
     strides_vk,
     times,
     token,
@@ -75,7 +77,7 @@ def fold(S, draft, at, h, hq, u_ptr, row, stop, SIZE: tl.constexpr, TILE: tl.con
         next_r = tl.load(r_ptr)
         next_k = load_vector(k_ptr, SIZE, TILE)
         next_u = read(u_ptr + row, row < SIZE[0], V_MASK)
-        S = rank1(times(S, g), w, spread(x_k, S))
+        S = rank1(times(S, g), w, x_k)
     return S
 
 
@@ -184,6 +186,8 @@ def gdn_verify_kernel(
                 x_q = float32(next_q)
                 x_k = float32(next_k)
                 x_v = next_v.to(tl.float32)
+                y_q = load_flat(q_ptr, SIZE)
+                y_k = load_flat(k_ptr, SIZE)
                 if t + 1 < T:
                     q_ptr += q.t
                     k_ptr += k.t
@@ -191,13 +195,16 @@ def gdn_verify_kernel(
                 next_q = load_vector(q_ptr, SIZE, TILE)
                 next_k = load_vector(k_ptr, SIZE, TILE)
                 next_v = read(v_ptr + row, row < SIZE[0], V_MASK)
-                S, o, u, r_k = token(
-                    S, x_q, x_k, x_v, pick(g, ts, t), pick(beta, ts, t), scale, TILE, L2NORM
-                )
+                r_q = norm_factor(y_q, TILE, L2NORM) * scale
+                r_k = norm_factor(y_k, TILE, L2NORM)
+                kq = dot(y_k, y_q, TILE)
+                g_t = pick(g, ts, t)
+                beta_t = pick(beta, ts, t)
+                S, o, u = token(S, x_q, x_k, x_v, r_q, r_k, kq, g_t, beta_t, TILE)
                 save(out_ptr + row, o, row < SIZE[0], V_MASK)
                 save(u_ptr + row, u, row < SIZE[0], V_MASK)
                 if first:
-                    tl.store(r_ptr, tl.max(tl.reshape(r_k, (BLOCK_V,)), axis=0))
+                    tl.store(r_ptr, r_k)
                 r_ptr += draft.HQ
                 out_ptr += out.t
                 u_ptr += draft.HV * SIZE[0]
@@ -211,7 +218,7 @@ def run(problem, config, x):
         return
     d = x.draft
     compiled_for = constants(problem, config, x)
-    gdn_verify_kernel[grid(problem, config)](
+    gdn_verify_kernel[grid(problem, compiled_for)](
         keys(x.q, compiled_for),
         keys(x.k, compiled_for),
         view(x.v),

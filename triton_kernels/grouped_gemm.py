@@ -44,16 +44,20 @@ def spec_of(weight: PackedWeight, config: GemmConfig, x: torch.Tensor, **given: 
         "block_n": config.block_n,
         "block_k": config.block_k,
         "stages": config.stages,
-        "wide": _is_wide(x, weight),
+        "wide": _is_wide(x, weight, config.block_m),
         "portable": launch.portable(),
     }
     return Spec(**(fields | given))
 
 
-def _is_wide(x: torch.Tensor, weight: PackedWeight) -> bool:
-    """An offset of x, or of the elements of one expert's weights, passes 2^31."""
+def _is_wide(x: torch.Tensor, weight: PackedWeight, block_m: int) -> bool:
+    """Row offsets of x, or in the weights of one expert, pass 2^31; or 64 bits are no slower.
+
+    At 8 rows they are not, and ptxas gives the kernel fewer registers.
+    """
     _, n, k = weight.shape
-    return x.shape[0] * x.stride(0) >= 2**31 or sm80_w4.padded(n) * k >= 2**31
+    large = x.shape[0] * x.stride(0) >= 2**31 or sm80_w4.padded(n) * k >= 2**31
+    return large or block_m == 8
 
 
 def multiply(

@@ -35,8 +35,10 @@ class GDNConfig:
 
 def refuse_triton(problem: Problem, device: Device) -> str | None:
     """The Triton kernels keep whole rows in the registers of one warp."""
-    if problem.DK > MAX_HEAD:
-        return f"DK <= {MAX_HEAD}, got {problem.DK}"
+    most = MAX_HEAD if problem.layout == "vk" else MAX_HEAD // 2
+    keys = problem.DK
+    if keys > most:
+        return f"DK <= {most} in layout {problem.layout!r}, got {keys}"
     return None
 
 
@@ -50,9 +52,10 @@ def configure(problem: Problem, device: Device) -> GDNConfig:
     wide = 4 if problem.state == "float32" else 8
     if problem.layout == "kv":
         block_v = min(max(2048 // columns, 4), 16)
-        return GDNConfig(block_v, block_v, min(2 * wide, columns), 1)
+        return GDNConfig(block_v, block_v, min(16, columns), 1)
     few = 256 * device.sm_count >= problem.B * problem.HV * problem.DV
-    cells = 1024 if few and not problem.snapshots else 2048
+    small = (few and not problem.snapshots) or problem.dtype == "float32"
+    cells = 1024 if small else 2048
     vector = min(wide, columns)
     block_k = min(64, columns)
     rows = 32 * vector // block_k

@@ -125,10 +125,10 @@ def choose_tile(form: WeightForm, block_m: int, outputs: int, device: Device) ->
     if block_m == 8 and outputs < 2 * 128 * device.sm_count:
         # too few programs of 128 outputs to fill the card
         return GemmConfig(8, 32, 128, 2, 4)
-    if form.partial and block_m >= 64:
-        return GemmConfig(block_m, 64, 128, 4, 3)
-    warps = 8 if block_m == 64 and device.arch != 90 else 4
-    return GemmConfig(block_m, 128, 128, warps, 4 if block_m == 16 else 3)
+    block_n = 64 if form.partial and block_m >= 64 else 128
+    # off sm_90 the sums of other instructions leave fewer registers
+    wide = device.arch != 90 and block_m >= (32 if form.partial else 64)
+    return GemmConfig(block_m, block_n, 128, 8 if wide else 4, 4 if block_m == 16 else 3)
 
 
 BACKENDS = (

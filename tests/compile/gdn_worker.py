@@ -9,6 +9,7 @@ for the kernel compiles what it is launched with.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -114,9 +115,24 @@ def compile_call(op: str, name: str, device: Any) -> dict[str, Any]:
     finally:
         setattr(module, kernel, stand_in.kernel)
     assert stand_in.result is not None
-    registers, local, sass = _read(stand_in.result.asm["cubin"])
-    shared = stand_in.result.metadata.shared
-    return {"registers": registers, "local_bytes": local, "shared": shared, "sass": sass}
+    asm = stand_in.result.asm
+    registers, local, sass = _read(asm["cubin"])
+    return {
+        "compiled": {
+            "registers": registers,
+            "local_bytes": local,
+            "shared": stand_in.result.metadata.shared,
+            "sass": sass,
+        },
+        "sums": sums(asm["ttgir"]),
+    }
+
+
+def sums(ttgir: str) -> list[str]:
+    """The distinct spreads over threads of the sums over rows of a state."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.\w+<\{(.*?), warpsPerCTA", ttgir, re.MULTILINE))
+    operands = re.findall(r'"tt\.reduce".*?\}\) : \(tensor<(\w+)xf32, .*?(#\w+)', ttgir, re.DOTALL)
+    return sorted({layouts[name] for shape, name in operands if "x" in shape})
 
 
 def main(arch: int) -> None:

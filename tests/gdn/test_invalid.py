@@ -227,5 +227,5 @@ def test_a_gradient_is_refused_only_where_one_would_be_recorded():
 
 def test_a_head_no_kernel_takes_is_refused_with_the_reason():
     call = Case(B=1, T=1, shape=(1, 1, 1024, 2)).call()
-    with pytest.raises(cutemoe.Unsupported, match="DK <= 512"):
+    with pytest.raises(cutemoe.Unsupported, match="DK <= 512 in layout"):
         cutemoe.gdn_decode(**call, backend="triton")
