@@ -3,18 +3,23 @@
 One warp owns BLOCK_V rows of one head's state and walks the tokens with them in registers, read
 once and written once however many tokens there are. The columns are cut into chunks of BLOCK_K; a
 chunk is a tile [BLOCK_V / ROWS, ROWS, BLOCK_K] whose last two dimensions are spread over the lanes
-(float32: 4 rows of 8 lanes, 16 bytes each). A sum over K is then one multiply-add a chunk and
-element and 3 shuffles for four rows at once, where 32 lanes on one row take 5 for every row.
+(float32: 2 rows of 16 lanes, 16 bytes each). A sum over K is one multiply-add a chunk and element
+and 4 shuffles for two rows at once, where 32 lanes on one row take 5 for every row; with 8 lanes on
+a row it would be 3 for four, at the price of twice the registers for q and k.
 
-Keys and queries are loaded straight into the lanes that need them, without shared memory, one token
-ahead. Their norm factors enter the sums as scalars afterwards, off the path from token to token;
-for the same reason the output is S' q + u (k q) with S' the decayed state.
+Keys and queries are loaded straight into the lanes that need them, one token ahead, and once more
+without repetition for their norms and k q. These enter as scalars afterwards, off the path from
+token to token; for the same reason the output is S' q + u (k q) with S' the decayed state.
 
-Every multiply-add is written as one and the compiler may fuse no other, so a state has the same
-bits whatever the kernel, the tile and the batch it came from.
+Every multiply-add is written as one, the compiler may fuse no other, and sums are taken in the
+lanes that hold the state or in integers: a state has the same bits from either kernel, any tile
+and any batch, which is what makes folding recorded tokens the same as decoding them.
 
-| H200, 2026-11, HV=32, D=128, float32, B=64 | T=1 | T=4 | T=8 |
-|---|---|---|---|
+H200, 2026-11-21, HV=32, HQ=16, D=128, float32 states, T=4, us at B = 1 / 16 / 64: snapshots
+6.5 / 47 / 179 (streaming roof 4.2 / 44 / 174), update 6.0 / 28 / 87 (2.8 / 18.5 / 66), output only
+5.4 / 21 / 63 (2.1 / 10 / 33), measured before the norms had loads of their own (2 % more
+instructions). Without snapshots it is bound by issue, about 40 instructions a row and token.
+Rejected there: 4 and 32 rows a warp, no loads ahead, 8 lanes a row (112 us at B=64).
 """
 
 from typing import NamedTuple
@@ -23,7 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
-GRID_Y = 1 << 15
+# sequences along the second grid dimension, as in the kernels
+GRID_Y = 32768
 
 
 class View(NamedTuple):
