@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cutemoe.gemm.problem import GemmProblem
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
@@ -52,15 +54,25 @@ def refuse_layout(layout: str, activations: str) -> str | None:
     return None
 
 
-def refuse_triton(problem: GemmProblem, device: Device) -> str | None:
-    """Why the Triton kernel does not run this problem, or None."""
+def refuse_weights(
+    problem: Any, weights: Mapping[str, tuple[str, ...]], operand: str
+) -> str | None:
+    """Why these weights and activations do not go together in the Triton kernels, or None."""
     if (why := refuse_layout(problem.layout, problem.activations)) is not None:
         return why
-    known = TRITON_WEIGHTS.get(problem.weight)
+    known = weights.get(problem.weight)
     if known is None:
-        return f"weights in one of {', '.join(TRITON_WEIGHTS)}, got {problem.weight}"
+        return f"weights in one of {', '.join(weights)}, got {problem.weight}"
     if problem.activations not in known:
-        return f"{problem.weight} weights take x in {known}, got {problem.activations!r}"
+        return f"{problem.weight} weights take {operand} {known}, got {problem.activations!r}"
+    return None
+
+
+def refuse_triton(problem: GemmProblem, device: Device) -> str | None:
+    """Why the Triton kernel does not run this problem, or None."""
+    why = refuse_weights(problem, TRITON_WEIGHTS, "x in")
+    if why is not None:
+        return why
     if problem.groups > MAX_GROUPS:
         return f"groups <= {MAX_GROUPS}, got {problem.groups}"
     if problem.rows > MAX_ROWS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
-from cutemoe.gemm.plan import GemmConfig, WeightForm, choose_rows, choose_tile, refuse_layout
+from cutemoe.gemm.plan import GemmConfig, WeightForm, choose_rows, choose_tile, refuse_weights
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
@@ -48,13 +48,9 @@ class RouteConfig:
 
 def refuse_triton(problem: Problem, device: Device) -> str | None:
     """Why the Triton kernels do not run this layer, or None."""
-    if (why := refuse_layout(problem.layout, problem.activations)) is not None:
+    why = refuse_weights(problem, TRITON_WEIGHTS, "activations")
+    if why is not None:
         return why
-    known = TRITON_WEIGHTS.get(problem.weight)
-    if known is None:
-        return f"weights in one of {', '.join(TRITON_WEIGHTS)}, got {problem.weight}"
-    if problem.activations not in known:
-        return f"{problem.weight} weights take activations {known}, got {problem.activations!r}"
     if problem.top_k > MAX_TOP_K:
         return f"top_k <= {MAX_TOP_K}, got {problem.top_k}"
     if problem.experts > MAX_EXPERTS:
