@@ -15,9 +15,10 @@ import inspect
 import re
 import struct
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from operator import or_
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Loaded:
 
     Attributes:
         pack: writes the size of the parameters and the parameters.
-        order: where in the addresses, then the other arguments, each parameter is.
+        order: takes the parameters out of the addresses and the other arguments behind them.
         size, scratch: bytes of the parameters, and the null pointers behind them.
     """
 
@@ -108,7 +109,7 @@ class Loaded:
     threads: int
     shared: int
     pack: Any
-    order: tuple[int, ...]
+    order: Callable[[Any], tuple[Any, ...]]
     size: int
     scratch: tuple[int, ...]
 
@@ -125,13 +126,12 @@ class Entry:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        kinds = tuple(map(type, args))
-        shape, flat = _shape(kinds), args
-        if shape.nested:
+        shape = outer = _SHAPES.get(tuple(map(type, args))) or _shape(args)
+        flat = args
+        if outer.nested:
             flat = tuple(_leaves(args))
-            shape = _shape(tuple(map(type, flat)))
-        tensors = [flat[i] for i in shape.tensors]
-        others = [flat[i] for i in shape.others]
+            shape = _SHAPES.get(tuple(map(type, flat))) or _shape(flat)
+        tensors, others = shape.tensors(flat), shape.others(flat)
         machine = target()
         if machine is None:
             index: Any = torch._C._cuda_getDevice()
@@ -139,13 +139,12 @@ class Entry:
         else:
             index = machine
             addresses = [x.storage_offset() * x.element_size() for x in tensors]
-        aligned: Any = reduce(or_, addresses, 0) & 15 == 0
         key = (
-            kinds,
-            shape.kinds,
+            outer,
+            shape,
             tuple([x.dtype for x in tensors]),
-            aligned or tuple([a & 15 == 0 for a in addresses]),
-            tuple(others),
+            reduce(or_, addresses, 0) & 15 == 0 or tuple([a & 15 == 0 for a in addresses]),
+            others,
             tuple(constants),
             tuple(constants.values()),
             index,
@@ -154,11 +153,8 @@ class Entry:
         if found is self:
             found = self._find(key, shape, args, constants, machine)
         if found is not None:
-            values = addresses + others
-            values = [found.size, *[values[i] for i in found.order], *found.scratch]
-            driver.launch(
-                found.function, grid, found.threads, found.shared, index, found.pack, values
-            )
+            values = (found.size, *found.order((*addresses, *others)), *found.scratch)
+            driver.launch(found.function, grid, found.threads, found.shared, index, found.pack, values)
 
     def _find(
         self,
@@ -178,29 +174,44 @@ class Entry:
         loaded = None
         if machine is None:
             passed = [t != "constexpr" for t in _leaves(tuple(call.signature.values()))]
-            places = [*shape.tensors, *shape.others]
-            order = tuple(places.index(i) for i in range(len(places)) if passed[i])
+            order = [shape.places.index(i) for i in range(len(shape.places)) if passed[i]]
             loaded = _load(made.manifest, made.data, order, key[-1])
         self._known[key] = loaded
         return loaded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Shape:
-    """Where in the arguments the tensors are, and the rest."""
+    """The types of some arguments: where the tensors are, and the rest.
 
-    kinds: tuple[type, ...]
+    Attributes:
+        places: of the tensors, then of the others.
+        tensors, others: take them out of the arguments.
+    """
+
     nested: bool
-    tensors: tuple[int, ...]
-    others: tuple[int, ...]
+    places: tuple[int, ...]
+    tensors: Callable[[Any], tuple[Any, ...]]
+    others: Callable[[Any], tuple[Any, ...]]
 
 
-@lru_cache(maxsize=1024)
-def _shape(kinds: tuple[type, ...]) -> _Shape:
-    at = range(len(kinds))
-    tensors = tuple(i for i in at if issubclass(kinds[i], torch.Tensor))
-    others = tuple(i for i in at if i not in tensors)
-    return _Shape(kinds, any(issubclass(k, tuple) for k in kinds), tensors, others)
+_SHAPES: dict[tuple[type, ...], _Shape] = {}
+
+
+def _shape(args: tuple[Any, ...]) -> _Shape:
+    at = range(len(args))
+    tensors = [i for i in at if isinstance(args[i], torch.Tensor)]
+    others = [i for i in at if i not in tensors]
+    nested = any(isinstance(x, tuple) for x in args)
+    shape = _Shape(nested, (*tensors, *others), _picker(tensors), _picker(others))
+    return _SHAPES.setdefault(tuple(map(type, args)), shape)
+
+
+def _picker(places: list[int]) -> Callable[[Any], tuple[Any, ...]]:
+    """A function from a sequence to a tuple of its elements at these places."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[i] for i in places)
 
 
 def _leaves(values: tuple[Any, ...]) -> list[Any]:
@@ -308,14 +319,14 @@ def _parameters(ptx: str) -> int:
     return found.group(1).count(".param") if found else 0
 
 
-def _load(manifest: dict[str, Any], cubin: bytes, order: tuple[int, ...], index: int) -> Loaded:
+def _load(manifest: dict[str, Any], cubin: bytes, order: list[int], index: int) -> Loaded:
     layout = struct.Struct("@N" + manifest["letters"] + "P" * manifest["scratch"])
     return Loaded(
         function=driver.load(cubin, manifest["name"], manifest["shared"], index),
         threads=manifest["threads"],
         shared=manifest["shared"],
         pack=layout.pack_into,
-        order=order,
+        order=_picker(order),
         size=layout.size - struct.calcsize("@N"),
         scratch=(0,) * manifest["scratch"],
     )

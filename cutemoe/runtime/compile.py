@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from cutemoe.errors import InvalidCall
-from cutemoe.runtime import cache, settings
+from cutemoe.runtime import cache, preset, settings
 from cutemoe.runtime.device import Device, current_index, target
 
 Config = TypeVar("Config", bound=Hashable)
@@ -38,6 +38,7 @@ _LOCK = threading.RLock()
 _KERNELS: dict[tuple[Any, ...], Any] = {}
 _BUILDS: list[float] = []
 _LOADS: list[float] = []
+_FETCHED: dict[str, Fetched] = {}
 _FORBIDDEN: list[bool] = []
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {
@@ -59,8 +60,27 @@ _VERSIONS = {
 _ENTRY = "kernel"
 
 
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """A kernel this process got from the cache: whether compiled for it, in how many seconds."""
+
+    kernel: str
+    built: bool
+    seconds: float
+    nbytes: int
+
+
 class NotCompiled(InvalidCall):
     """A kernel would have to be compiled, and CUTEMOE_NO_JIT or a graph capture forbids it."""
+
+    def during(self, problem: Any, device: Device) -> NotCompiled:
+        """The same with the call it happened in, and the presets that would have compiled for it."""
+        names = preset.covering(problem)
+        fix = " or ".join(f"--preset {name}" for name in names) or (
+            f"no preset has these sizes, so make the call once without CUTEMOE_NO_JIT; presets: "
+            f"{', '.join(preset.PRESETS)}"
+        )
+        return NotCompiled(f"{self}; {problem} on {device} (cutemoe compile --arch {device.target} {fix})")
 
 
 class _Unkept(Exception):
@@ -152,23 +172,29 @@ def fetch(
     kept = cache.opened()
     start = time.perf_counter()
     if kept is not None and (entry := kept.get(key, arch)) is not None:
-        _LOADS.append(time.perf_counter() - start)
-        return entry
-    check_allowed(what, arch)
+        return _took(key, entry, start)
+    check_allowed(what)
     with _LOCK, contextlib.nullcontext() if kept is None else kept.lock(key):
         if kept is not None and (entry := kept.get(key, arch)) is not None:
-            _LOADS.append(time.perf_counter() - start)
-            return entry
+            return _took(key, entry, start)
         start = time.perf_counter()
         data, fields = _timed(what, make)
         seconds = round(time.perf_counter() - start, 3)
         manifest = {"arch": arch, "what": what, "seconds": seconds, "parts": parts, **fields}
+        _FETCHED[key] = Fetched(fields["kernel"], True, seconds, len(data))
         if kept is not None:
             try:
                 return kept.put(key, data, manifest)
             except OSError as e:
                 _LOG.warning("%s is not kept: %s", what, e)
         return cache.Entry(manifest, data)
+
+
+def _took(key: str, entry: cache.Entry, start: float) -> cache.Entry:
+    seconds = time.perf_counter() - start
+    _LOADS.append(seconds)
+    _FETCHED.setdefault(key, Fetched(entry.manifest["kernel"], False, seconds, len(entry.data)))
+    return entry
 
 
 def _timed(what: str, make: Callable[[], Any]) -> Any:
@@ -189,13 +215,13 @@ def check_capture(what: str) -> None:
         )
 
 
-def check_allowed(what: str, arch: str = "") -> None:
+def check_allowed(what: str) -> None:
     """Raises NotCompiled where CUTEMOE_NO_JIT or `no_jit` forbids to compile."""
     if _FORBIDDEN or settings.no_jit():
         folder = settings.cache_dir()
         raise NotCompiled(
             f"CUTEMOE_NO_JIT: expected a compiled kernel in {folder or 'CUTEMOE_CACHE_DIR'}, got "
-            f"none for {what} (cutemoe compile --arch {arch or 'ARCH'} --preset NAME)"
+            f"none for {what}"
         )
 
 
@@ -217,6 +243,16 @@ def build_count() -> int:
 def load_count() -> int:
     """Kernels taken from disk by this process so far."""
     return len(_LOADS)
+
+
+def fetched() -> dict[str, Fetched]:
+    """Every kernel this process compiled or took from disk, by key."""
+    return dict(_FETCHED)
+
+
+def load_seconds() -> list[float]:
+    """Seconds of every look-up on disk that found its kernel."""
+    return list(_LOADS)
 
 
 def build_seconds() -> float:

@@ -30,7 +30,8 @@ class _Block(threading.local):
 
     def __init__(self) -> None:
         self.words = ctypes.create_string_buffer(SIZE_AT + 8 + _MOST_BYTES)
-        self.address = base = ctypes.addressof(self.words)
+        base = ctypes.addressof(self.words)
+        self.extra = ctypes.c_void_p(base)
         keys = (_BUFFER_POINTER, base + SIZE_AT + 8, _BUFFER_SIZE, base + SIZE_AT, _END)
         for i, word in enumerate(keys):
             ctypes.c_size_t.from_buffer(self.words, 8 * i).value = word
@@ -50,15 +51,7 @@ def _library() -> Any:
         ) from e
 
 
-@lru_cache(maxsize=1)
-def _launcher() -> Any:
-    launch = _library().cuLaunchKernel
-    pointer, number = ctypes.c_void_p, ctypes.c_uint
-    launch.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
-    return launch
-
-
-def load(cubin: bytes, name: str, shared: int, index: int) -> int:
+def load(cubin: bytes, name: str, shared: int, index: int) -> ctypes.c_void_p:
     """The function `name` of a cubin on a device, ready for launches with `shared` bytes.
 
     Raises:
@@ -79,17 +72,17 @@ def load(cubin: bytes, name: str, shared: int, index: int) -> int:
         _check(lib.cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function), what)
         most = optin.value - static.value
         _check(lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, most), what)
-    return function.value or 0
+    return function
 
 
 def launch(
-    function: int,
+    function: ctypes.c_void_p,
     grid: tuple[int, ...],
     threads: int,
     shared: int,
     index: int,
     pack: Any,
-    values: list[Any],
+    values: tuple[Any, ...],
 ) -> None:
     """Launches on torch's current stream of a device; does not wait.
 
@@ -99,14 +92,16 @@ def launch(
     block = _BLOCK
     pack(block.words, SIZE_AT, *values)
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    if not x * y * z:
+    if not (x and y and z):
         return
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    run = _launcher()
-    code = run(function, x, y, z, threads, 1, 1, shared, stream, None, block.address)
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(index))
+    # no argtypes: converting by them costs 0.8 us a launch
+    numbers = (x, y, z, threads, 1, 1, shared, stream, None, block.extra)
+    run = _library().cuLaunchKernel
+    code = run(function, *numbers)
     if code == _INVALID_CONTEXT:
         torch.cuda.set_device(index)
-        code = run(function, x, y, z, threads, 1, 1, shared, stream, None, block.address)
+        code = run(function, *numbers)
     if code:
         _check(code, f"a launch of {x} x {y} x {z} programs of {threads} threads")
 
