@@ -11,7 +11,6 @@ one token takes 50 us in place of 20 (one H200, 2026-11, Triton 3.6).
 
 from __future__ import annotations
 
-import inspect
 import re
 import struct
 import tempfile
@@ -154,7 +153,9 @@ class Entry:
             found = self._find(key, shape, args, constants, machine)
         if found is not None:
             values = (found.size, *found.order((*addresses, *others)), *found.scratch)
-            driver.launch(found.function, grid, found.threads, found.shared, index, found.pack, values)
+            driver.launch(
+                found.function, grid, found.threads, found.shared, index, found.pack, values
+            )
 
     def _find(
         self,
@@ -334,9 +335,9 @@ def _load(manifest: dict[str, Any], cubin: bytes, order: list[int], index: int) 
 
 @lru_cache(maxsize=1)
 def _environment() -> tuple[str, ...]:
-    """Variables that change what Triton makes."""
+    """Triton, and the variables that change what it makes."""
     try:
         from triton._C.libtriton import get_cache_invalidating_env_vars
     except ImportError:
-        return ()
-    return (repr(sorted(get_cache_invalidating_env_vars().items())),)
+        return (triton.__version__,)
+    return triton.__version__, repr(sorted(get_cache_invalidating_env_vars().items()))

@@ -53,7 +53,7 @@ def run(as_json: bool = False, action: str = "list", cache_dir: str | None = Non
 def entries(cache: Cache) -> list[Line]:
     """Every entry, read whole."""
     found = []
-    for key in cache.keys():
+    for key in cache.names():
         try:
             entry = cache.read(key)
         except (Broken, OSError) as e:
@@ -61,9 +61,7 @@ def entries(cache: Cache) -> list[Line]:
             continue
         m = entry.manifest
         versions = ", ".join(p for p in m["parts"] if " " in p and len(p) < 60)
-        found.append(
-            Line(key, m["kernel"], m["arch"], len(entry.data), m["seconds"], versions)
-        )
+        found.append(Line(key, m["kernel"], m["arch"], len(entry.data), m["seconds"], versions))
     return found
 
 

@@ -227,5 +227,7 @@ def text(done: list[Done], arch: str, folder: str, seconds: float) -> str:
     if failed := [d for d in done if d.error]:
         parts.append("\n".join(["FAIL:", *(f"  {d.job}: {d.error}" for d in failed)]))
     number, nbytes = len(_kernels(done)), sum(k["nbytes"] for k in _kernels(done).values())
-    parts.append(f"{number} kernels, {nbytes / 2**20:.1f} MB for {arch} in {folder}, {seconds:.0f} s")
+    parts.append(
+        f"{number} kernels, {nbytes / 2**20:.1f} MB for {arch} in {folder}, {seconds:.0f} s"
+    )
     return "\n\n".join(parts)

@@ -1,8 +1,8 @@
 """The calls of a preset, on tensors of no memory: what `cutemoe compile` has compiled.
 
-Each is a call of the public API with meta tensors. Inside `compile_only` it goes through validation,
-choice of the back end, configuration and specialisation of every argument like a call that runs, so
-there is no second list of what a launch needs.
+Each is a call of the public API with meta tensors. Inside `compile_only` it goes through
+validation, choice of the back end, configuration and specialisation of every argument like a call
+that runs, so there is no second list of what a launch needs.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def run(job: Job) -> None:
             return
         layer = _of(preset.layer)
         calls = layer_calls if job.kind == "layer" else gemm_calls
-        for call in calls(layer, *layer.formats[job.index], sizes):
+        weights, group, activations = layer.formats[job.index]
+        for call in calls(layer, weights, group, activations, sizes):
             call()
 
 
@@ -104,11 +105,10 @@ def layer_calls(
     """Routing and layer for every number of tokens, and both dtypes of ids and of logits."""
     moe = _prepared(layer, weights, group, activations)
     dtype = DTYPES.get(activations, torch.bfloat16)
-    swiglu = cutemoe.SwiGLU(*layer.swiglu)
+    alpha, beta, limit = layer.swiglu
+    swiglu = cutemoe.SwiGLU(alpha=alpha, beta=beta, limit=limit)
     routing: dict[str, Any] = dict(layer.routing)
-    biased = (
-        (False, True) if routing["method"] in ("sigmoid", "grouped_sigmoid") else (False,)
-    )
+    biased = (False, True) if routing["method"] in ("sigmoid", "grouped_sigmoid") else (False,)
     for tokens in sizes:
         x = _meta(tokens, layer.hidden, dtype=dtype)
         shape = (tokens, layer.top_k)
@@ -141,9 +141,7 @@ def gemm_calls(
             yield lambda x=x, w=w, s=scale: cutemoe.grouped_gemm(x, w, offsets, x_scale=s)
 
 
-def gdn_calls(
-    heads: Heads, state: torch.dtype, sizes: list[int]
-) -> Iterator[Callable[[], Any]]:
+def gdn_calls(heads: Heads, state: torch.dtype, sizes: list[int]) -> Iterator[Callable[[], Any]]:
     """Decode with its kinds of output, verification and flush; and decode as transformers calls."""
     HQ, HV, D = heads.q_heads, heads.v_heads, heads.head_dim
     for B in sizes:
@@ -154,11 +152,12 @@ def gdn_calls(
             x = _gdn_inputs(B, T, HQ, HV, D)
             x |= {"state": pool, "state_indices": index}
             snaps = _meta(B, T, HV, D, D, dtype=state)
-            for more in (
+            modes: tuple[dict[str, Any], ...] = (
                 {},
                 {"intermediate_states": snaps},
                 {"intermediate_states": snaps, "update_state": False},
-            ):
+            )
+            for more in modes:
                 yield lambda x=x, more=more: cutemoe.gdn_decode(**x, **more)
             yield lambda x=x, d=draft, n=index: cutemoe.gdn_verify(**x, draft=d, num_accepted=n)
         yield lambda p=pool, d=draft, n=index: d.flush(p, n, state_indices=n)

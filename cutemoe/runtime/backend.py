@@ -57,7 +57,7 @@ class Backend:
         """Runs the problem.
 
         Raises:
-            NotCompiled: a kernel is missing and must not be compiled; names the presets that have it.
+            NotCompiled: a kernel is missing and must not be compiled; names presets that have it.
         """
         try:
             self.load()(problem, self.config(problem, device), tensors)

@@ -141,7 +141,7 @@ class Cache:
         finally:
             os.close(handle)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Keys of every entry, broken ones too."""
         return sorted({p.stem for end in ("json", "bin") for p in self.folder.glob(f"*.{end}")})
 

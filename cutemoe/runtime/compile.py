@@ -74,13 +74,15 @@ class NotCompiled(InvalidCall):
     """A kernel would have to be compiled, and CUTEMOE_NO_JIT or a graph capture forbids it."""
 
     def during(self, problem: Any, device: Device) -> NotCompiled:
-        """The same with the call it happened in, and the presets that would have compiled for it."""
+        """The same with the call it happened in, and the presets that compile for it."""
         names = preset.covering(problem)
         fix = " or ".join(f"--preset {name}" for name in names) or (
             f"no preset has these sizes, so make the call once without CUTEMOE_NO_JIT; presets: "
             f"{', '.join(preset.PRESETS)}"
         )
-        return NotCompiled(f"{self}; {problem} on {device} (cutemoe compile --arch {device.target} {fix})")
+        return NotCompiled(
+            f"{self}; {problem} on {device} (cutemoe compile --arch {device.target} {fix})"
+        )
 
 
 class _Unkept(Exception):

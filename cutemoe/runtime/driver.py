@@ -46,8 +46,8 @@ def _library() -> Any:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as e:
         raise RuntimeError(
-            f"the CUDA driver's libcuda.so.1 does not load ({e}); install NVIDIA's driver, or start "
-            "the container with GPU access"
+            f"the CUDA driver's libcuda.so.1 does not load ({e}); install NVIDIA's driver, or "
+            "start the container with GPU access"
         ) from e
 
 

@@ -38,8 +38,8 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """Registers `cutemoe::<schema>` and returns the callable operator.
 
     The implementation runs with the device of its first tensor argument current, so that kernels
-    launch there whatever device the caller had selected. Inside `compile_only` calls on meta tensors
-    run the implementation too, so what is compiled is what is launched.
+    launch there whatever device the caller had selected. Inside `compile_only` calls on meta
+    tensors run the implementation too, so what is compiled is what is launched.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
