@@ -1,6 +1,6 @@
 """What launches do without a GPU, in a process where Triton compiles: one json answer on stdout.
 
-python launch_worker.py specialise | pass | layer | heads | missing
+python launch_worker.py specialise | pass | layer | heads | missing | stored
 """
 
 from __future__ import annotations
@@ -168,12 +168,41 @@ def missing() -> dict[str, Any]:
     return {"said": said}
 
 
+def stored() -> dict[str, Any]:
+    """A CuTe kernel from memory, just stored, and loaded: what each says to the same arguments."""
+    from cutemoe.gdn.cute_build import build
+    from cutemoe.gdn.cute_plan import Config
+    from cutemoe.runtime import compile as compiling
+    from cutemoe.runtime.device import Device
+
+    bf16 = torch.bfloat16
+    q, v = torch.zeros(2, 2, 1, 128, dtype=bf16), torch.zeros(2, 2, 2, 128, dtype=bf16)
+    a, h, state = torch.zeros(2, 2, 2, dtype=bf16), torch.zeros(2), torch.zeros(2, 2, 128, 128)
+    index = torch.zeros(2, dtype=torch.int32)
+    good: list[Any] = [(q, q, v, v), (a, a, h, h), state, index, None, None, None, 1.0, 2, 32768]
+    wrong = {0: (q, q, v), 1: (h, a, h, h), 2: index, 7: "one", 8: None}
+    calls = [good, *([*good[:i], bad, *good[i + 1 :]] for i, bad in wrong.items())]
+    card = Device("cuda", 0, "card", 90, 132, 232448, True)
+    config = Config()
+    kernels = [build(config), *(compiling._persistent(build, config, card) for _ in range(2))]
+    said = []
+    for kernel in kernels:
+        said.append([])
+        for call in calls:
+            try:
+                kernel(*call)
+                said[-1].append("ran")
+            except Exception as e:
+                said[-1].append(f"{type(e).__name__}: {e}")
+    return {"said": said, "built": compiling.build_count(), "loaded": compiling.load_seconds()}
+
+
 def main(what: str) -> None:
     sys.path.pop(0)
     tests = sys.modules["tests"] = types.ModuleType("tests")
     tests.__path__ = [str(Path(__file__).parents[1])]
     answers, sys.stdout = sys.stdout, sys.stderr
-    work = {"specialise": specialise, "pass": passed, "missing": missing}
+    work = {"specialise": specialise, "pass": passed, "missing": missing, "stored": stored}
     found = work[what]() if what in work else prepared(what)
     print(json.dumps(found), file=answers)
 

@@ -80,3 +80,13 @@ def test_a_missing_kernel_names_the_preset(tmp_path):
     said = answer("missing", tmp_path)["said"]
     assert len(said) == 4
     assert all("cutemoe compile --arch sm_90a --preset gpt-oss-20b" in s for s in said)
+
+
+def test_a_stored_cute_kernel_takes_the_arguments_of_the_compiled_one(tmp_path):
+    """Arguments on the CPU: each kernel refuses them with the same words, right ones by device."""
+    pytest.importorskip("cutlass")
+    found = answer("stored", tmp_path)
+    compiled, kept, loaded = found["said"]
+    assert compiled == kept == loaded and len(set(compiled)) > 1
+    assert "device" in compiled[0] and "ran" not in compiled
+    assert found["built"] == 1 and len(found["loaded"]) == 1
