@@ -86,7 +86,7 @@ def compile_only(arch: str) -> Iterator[Device]:
 
 def current_index() -> int | None:
     """The current CUDA device, None where CUDA is not in use yet; does not start it."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    return torch._C._cuda_getDevice() if torch.cuda.is_initialized() else None
 
 
 @lru_cache(maxsize=1)

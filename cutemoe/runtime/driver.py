@@ -1,7 +1,8 @@
 """Loads cubins and launches their kernels through the CUDA driver's C functions.
 
-Decision: ctypes. A launch is one call with ten numbers, for which a C compiler (Triton's own
-launcher) is much to ask of a machine that serves models.
+Decision: ctypes, and parameters packed by one `struct` call into a block that each thread has: 1.7
+us a launch without the driver's own time (two CPU cores, 2026-11). Rejected: a launcher in C, for
+which a machine that serves models would need a compiler.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,66 @@ def test_launches_follow_the_stream_and_the_thread() -> None:
     assert not stream.query()
     stream.synchronize()
     assert torch.equal(found[0], want)
+
+
+def test_launches_cost_less_than_tritons_own() -> None:
+    """Microseconds from Python of one kernel of ten arguments; Triton's needs a C compiler."""
+    from cutemoe.triton_kernels import launch, sort
+
+    i32 = torch.zeros(64, dtype=torch.int32, device="cuda")
+    args = (i32, 2, i32, i32, i32, i32, 8, 2, 0, 8)
+    words = {"TILE": 8, "BLOCK": 64, "BINS": 8, **launch.options(4)}
+    ours = us(lambda: sort.sort_slots[(8,)](*args, **words))
+    assert ours <= 8.0
+    try:
+        theirs = us(lambda: sort.sort_slots.function[(8,)](*args, **words))
+    except RuntimeError as e:
+        pytest.skip(f"{ours:.1f} us; Triton's own launcher: {e}")
+    print(f"{ours:.1f} us, Triton's own {theirs:.1f} us")
+    assert ours <= theirs
+
+
+def us(call: Any) -> float:
+    """Median microseconds of a call that returns at once."""
+    found = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200):
+            call()
+        found.append((time.perf_counter() - start) / 200 * 1e6)
+    return statistics.median(found)
+
+
+def test_a_warm_load_takes_milliseconds(folder: Path) -> None:
+    """Look-up, digest and load into the device, of every kernel of a second process."""
+    code = (
+        "import json, time, contextlib, io\n"
+        "from cutemoe.commands import demo\n"
+        "from cutemoe.runtime import compile as c\n"
+        "from cutemoe.triton_kernels import launch\n"
+        "took = []\n"
+        "def timed(f):\n"
+        "    def call(*a):\n"
+        "        start = time.perf_counter(); r = f(*a); took.append(time.perf_counter() - start)\n"
+        "        return r\n"
+        "    return call\n"
+        "kept = launch.kept\n"
+        "launch._load, launch.kept = timed(launch._load), timed(kept)\n"
+        "c._loaded = timed(c._loaded)\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    demo.run(as_json=True)\n"
+        "took.sort()\n"
+        "print(json.dumps([c.build_count(), len(took), took[int(0.95 * len(took))]]))\n"
+    )
+    bare(folder, "demo")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CUTEMOE_CACHE_DIR": str(folder / "kept")},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    built, number, p95 = json.loads(done.stdout.splitlines()[-1])
+    assert built == 0 and number > 10 and p95 <= 0.015
