@@ -8,12 +8,13 @@ import torch
 
 from cutemoe.errors import invalid
 from cutemoe.formats import FORMATS, QuantizedTensor
-from cutemoe.layouts import sm80_w4
+from cutemoe.layouts import sm80_w4, sm90_rs_w4
 
 DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # layout -> type of the tensor core operands it is made for
 PACKED = {"sm80_w4_bf16": "bf16", "sm80_w4_fp16": "fp16"}
-LAYOUTS = ("rows", *PACKED)
+HOPPER = "sm90_rs_w4"
+LAYOUTS = ("rows", *PACKED, HOPPER)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,12 @@ class PackedWeight:
             float8_e4m3fn, int4 bfloat16), fp8 float32 [G, N]; None if dense.
         factor: float32 [G], multiplies the accumulator; None is 1.
         format: "bf16", "fp16" (dense), "mxfp4", "nvfp4", "int4" or "fp8".
-        layout: where the bytes sit: "rows", row-major as in the checkpoint, or "sm80_w4_bf16" or
-            "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py), whose data, scale and factor differ.
+        layout: where the bytes sit: "rows", row-major as in the checkpoint, or "sm80_w4_bf16",
+            "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py) or "sm90_rs_w4" (sm90_rs_w4.py, scales
+            within data), whose data, scale and factor differ.
         group_size: values of the last dimension that share a scale; None if dense or fp8.
         shape: (G, N, Kdim) of the values.
+        order: of the rows in layout "sm90_rs_w4": "plain", or how gates and ups were given.
     """
 
     data: torch.Tensor
@@ -40,6 +43,7 @@ class PackedWeight:
     layout: str
     group_size: int | None
     shape: tuple[int, int, int]
+    order: str = "plain"
 
     @staticmethod
     def of(
@@ -47,11 +51,13 @@ class PackedWeight:
         *,
         device: torch.device | str | None = None,
         layout: str = "rows",
+        order: str = "plain",
         argument: str = "w",
     ) -> PackedWeight:
         """Packs w [G, N, Kdim]; shares its memory where device and layout allow.
 
-        Weights that a packed layout cannot hold exactly stay in "rows".
+        Weights that a packed layout cannot hold exactly stay in "rows". `order` is that of gate and
+        up rows, which layout "sm90_rs_w4" brings together.
 
         Raises:
             InvalidCall: names `argument` where w is no such tensor.
@@ -65,7 +71,7 @@ class PackedWeight:
         shape = (w.shape[0], w.shape[1], w.shape[2])
         if isinstance(w, QuantizedTensor):
             rows = _pack_rows(w, shape, device, argument)
-            return rows if layout == "rows" else _pack_sm80(rows, layout)
+            return rows if layout == "rows" else _packed(rows, layout, order)
         if w.dtype not in DENSE:
             fix = "w.to(torch.bfloat16), or cutemoe.quantize"
             raise invalid(argument, "bfloat16 or float16 values", w.dtype, fix)
@@ -90,6 +96,15 @@ class PackedWeight:
 
     def unpack(self) -> QuantizedTensor | torch.Tensor:
         """The weights as given to `of`, scales of whole tensors expanded to its groups."""
+        if self.layout == HOPPER:
+            return sm90_rs_w4.unpack(
+                self.data,
+                self.factor,
+                format=self.format,
+                n=self.shape[1],
+                k=self.shape[2],
+                order=self.order,
+            )
         if self.scale is None:
             return self.data
         if self.layout == "rows":
@@ -132,11 +147,16 @@ class PackedWeight:
         return q.dequantize(dtype)
 
 
-def _pack_sm80(w: PackedWeight, layout: str) -> PackedWeight:
+def _packed(w: PackedWeight, layout: str, order: str) -> PackedWeight:
     """Weights in rows -> packed, or as they are where the layout refuses them."""
     q = w.unpack()
     if not isinstance(q, QuantizedTensor) or q.device.type == "meta":
         return w
+    if layout == HOPPER:
+        if sm90_rs_w4.refuse(q, order) is not None:
+            return w
+        data, factor = sm90_rs_w4.pack(q, order)
+        return replace(w, data=data, scale=None, factor=factor, layout=layout, order=order)
     if sm80_w4.refuse(q, PACKED[layout]) is not None:
         return w
     data, scale, factor = sm80_w4.pack(q, PACKED[layout])

@@ -1,8 +1,12 @@
-"""Cross-compiles gated delta net configurations: a JSON request a line, a JSON answer a line."""
+"""Cross-compiles CuTe configurations: a JSON request a line, a JSON answer a line.
+
+A request names a family (the folder of its cute_plan and cute_build), an architecture, and the
+fields of a Config; a field that holds a dataclass itself is a dict."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 import time
@@ -29,19 +33,27 @@ def main() -> None:
 
 def compiled(request: dict[str, Any]) -> dict[str, Any]:
     """Registers, local bytes, SASS and seconds of one configuration."""
-    from cutemoe.gdn.cute_build import build
-    from cutemoe.gdn.cute_plan import Config
     from tests.compile.worker import _read
 
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()
-    }
+    family = f"cutemoe.{request['family']}"
+    plan = importlib.import_module(f"{family}.cute_plan")
+    build = importlib.import_module(f"{family}.cute_build").build
+    fields = _tuples(request["config"])
+    if "tile" in fields and isinstance(fields["tile"], dict):
+        fields["tile"] = plan.Tile(**fields["tile"])
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        kernel = build(Config(**fields), f"--gpu-arch {request['arch']}")
+        kernel = build(plan.Config(**fields), f"--gpu-arch {request['arch']}")
     seconds = time.perf_counter() - start
     registers, local, sass = _read(bytes(kernel.artifacts.CUBIN))
     return {"registers": registers, "local_bytes": local, "sass": sass, "seconds": seconds}
+
+
+def _tuples(x: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    if isinstance(x, dict):
+        return {k: _tuples(v) for k, v in x.items()}
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
 if __name__ == "__main__":
