@@ -1,4 +1,4 @@
-"""The command line: `cutemoe demo` and `cutemoe doctor`, also as `python -m cutemoe`."""
+"""The command line: `cutemoe demo`, `doctor`, `compile` and `cache`; also `python -m cutemoe`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cutemoe import __version__
 COMMANDS = {
     "demo": "run the layers of real models on every back end of this machine, checked and timed",
     "doctor": "say what works on this machine, and why the rest does not",
+    "compile": "compile the kernels of a preset ahead, for any architecture, without a GPU",
+    "cache": "list, verify or clear the compiled kernels that are kept",
 }
 
 
@@ -23,14 +25,24 @@ def parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         c = commands.add_parser(name, help=text, description=text)
         c.add_argument("--json", action="store_true", help="print one json object, no table")
+        if name == "compile":
+            c.add_argument("--arch", help="sm_80, sm_90a, sm_120a, ...; by default this card's")
+            c.add_argument(
+                "--preset", action="append", required=True, help="a model; may be given again"
+            )
+            c.add_argument("--workers", type=int, help="processes; by default one a core")
+        if name == "cache":
+            c.add_argument("action", nargs="?", default="list", choices=("list", "verify", "clear"))
+        if name in ("compile", "cache"):
+            c.add_argument("--cache-dir", help="the folder; by default CUTEMOE_CACHE_DIR")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, or 1 where something is wrong."""
-    args = parser().parse_args(argv)
-    command = importlib.import_module(f"cutemoe.commands.{args.command}")
-    return command.run(as_json=args.json)
+    args = vars(parser().parse_args(argv))
+    command = importlib.import_module(f"cutemoe.commands.{args.pop('command')}")
+    return command.run(as_json=args.pop("json"), **args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import triton.language as tl
 from cutemoe.triton_kernels import decode, launch
 
 
+@launch.entry
 @triton.jit
 def combine_slots(
     y_ptr,  # float32 [T * K, H]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from cutemoe.triton_kernels import decode, epilogue, numeric
+from cutemoe.triton_kernels import decode, epilogue, launch, numeric
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Spec:
         return 2 if self.weight == "nvfp4" else 1
 
 
+@launch.entry
 @triton.jit
 def expert_gemm(
     x_ptr,  # [rows of x, K] bf16 or fp16

@@ -28,6 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cutemoe.triton_kernels import launch
+
 # sequences along the second grid dimension, as in the kernels
 GRID_Y = 32768
 
@@ -258,6 +260,7 @@ def token(S, x_q, x_k, x_v, r_q, r_k, kq, g, beta, TILE: tl.constexpr):
     return rank1(S, w, x_k), o, u
 
 
+@launch.entry
 @triton.jit(do_not_specialize=["B", "T"])
 def gdn_decode_kernel(
     q,

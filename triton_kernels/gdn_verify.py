@@ -13,6 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from cutemoe.triton_kernels import launch
 from cutemoe.triton_kernels.gdn import (
     constants,
     dot,
@@ -103,6 +104,7 @@ def record_keys(ptr, stride, k_ptr, k_stride, T, SIZE: tl.constexpr):
         tl.store(ptr + t * stride + cols, x.to(ptr.dtype.element_ty), ok)
 
 
+@launch.entry
 @triton.jit(do_not_specialize=["B", "T"])
 def gdn_verify_kernel(
     q,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,17 +21,41 @@ if TYPE_CHECKING:
 
 def spec_of(weight: PackedWeight, config: GemmConfig, x: torch.Tensor, **given: Any) -> Spec:
     """What the kernel is compiled for; `given` holds the fields that differ from a plain GEMM."""
-    dense = weight.scale is None
+    return _spec(
+        "dense" if weight.scale is None else weight.format,
+        weight.group_size or 0,
+        weight.layout != "rows",
+        x.dtype == torch.float16,
+        weight.factor is not None,
+        weight.shape[2],
+        _is_wide(x, weight, config.block_m),
+        config,
+        tuple(given.items()),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _spec(
+    weight: str,
+    group: int,
+    packed: bool,
+    fp16: bool,
+    factor: bool,
+    k: int,
+    wide: bool,
+    config: GemmConfig,
+    given: tuple[tuple[str, Any], ...],
+) -> Spec:
     fields: dict[str, Any] = {
-        "weight": "dense" if dense else weight.format,
-        "group": weight.group_size or 0,
-        "packed": weight.layout != "rows",
-        "fp16": x.dtype == torch.float16,
+        "weight": weight,
+        "group": group,
+        "packed": packed,
+        "fp16": fp16,
         "divide": 0,
         "scatter": False,
         "token_scale": False,
         "expert_scale": False,
-        "factor": weight.factor is not None,
+        "factor": factor,
         "bias": False,
         "activation": "none",
         "order": "gate_up",
@@ -39,15 +64,15 @@ def spec_of(weight: PackedWeight, config: GemmConfig, x: torch.Tensor, **given: 
         "limit_e": False,
         "limit": False,
         "zero_tail": False,
-        "min_step": 32 if dense else min(sm80_w4.steps(weight.shape[2])),
+        "min_step": 32 if weight == "dense" else min(sm80_w4.steps(k)),
         "block_m": config.block_m,
         "block_n": config.block_n,
         "block_k": config.block_k,
         "stages": config.stages,
-        "wide": _is_wide(x, weight, config.block_m),
+        "wide": wide,
         "portable": launch.portable(),
     }
-    return Spec(**(fields | given))
+    return Spec(**(fields | dict(given)))
 
 
 def _is_wide(x: torch.Tensor, weight: PackedWeight, block_m: int) -> bool:

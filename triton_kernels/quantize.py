@@ -35,6 +35,7 @@ def expert_of(row, start_ptr, E, BINS: tl.constexpr):
     return tl.sum((ends <= row).to(tl.int32))
 
 
+@launch.entry
 @triton.jit
 def quantize_rows(
     x_ptr,  # [.., W] any float
@@ -130,6 +131,7 @@ def _nvfp4_row(x_row, out_row, d, W, BLOCK: tl.constexpr):
         tl.store(out_row + offs, value.to(out_row.dtype.element_ty), mask=offs < W)
 
 
+@launch.entry
 @triton.jit
 def widen_e4m3(x_ptr, out_ptr, stride_xm, W, BLOCK: tl.constexpr):
     """Bytes of e4m3 [rows, W] -> bf16 [rows, W], exact; one program a row and block."""

@@ -27,7 +27,8 @@ def keys(score, index, inside):
     return tl.where(inside, (ordered << 10) | (1023 - index).to(tl.int64), -1)
 
 
-@triton.jit
+@launch.entry
+@triton.jit(do_not_specialize=["T"])
 def route_tokens(
     logits_ptr,
     bias_ptr,

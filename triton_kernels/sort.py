@@ -21,7 +21,8 @@ _STEP = 128
 _CHUNKS = 128
 
 
-@triton.jit
+@launch.entry
+@triton.jit(do_not_specialize=["R"])
 def sort_slots(
     ids_ptr,  # [T, K] int32 or int64
     stride_it,
@@ -53,7 +54,8 @@ def sort_slots(
     tl.store(sorted_ptr + start + rank, slots, mask=own)
 
 
-@triton.jit
+@launch.entry
+@triton.jit(do_not_specialize=["R", "steps"])
 def count_chunks(
     ids_ptr,
     stride_it,
@@ -77,7 +79,8 @@ def count_chunks(
     tl.store(counts_ptr + chunk * E + bins, counts, mask=bins < E)
 
 
-@triton.jit
+@launch.entry
+@triton.jit(do_not_specialize=["R", "steps"])
 def place_chunks(
     ids_ptr,
     stride_it,
@@ -162,7 +165,8 @@ def _write_tiles(tiles_ptr, tile, expert, start, rows, TILE: tl.constexpr):
         tl.store(at + 2, tl.minimum(rows - n * TILE, TILE), mask=mask)
 
 
-@triton.jit
+@launch.entry
+@triton.jit(do_not_specialize=["R"])
 def tile_groups(
     offsets_ptr,  # int32 [G + 1]
     tiles_ptr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,11 +64,28 @@ def complete(config: Config, x: GDNTensors) -> Config:
         _aligned(16 if config.layout == "vk" else 2 * size, *state),
         records,
     )
+    return _completed(
+        config,
+        tuple([_NAMES[g.dtype] for g in x.gates]),
+        "" if x.state_indices is None else _NAMES[x.state_indices.dtype],
+        "" if x.num_accepted is None else _NAMES[x.num_accepted.dtype],
+        wide,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _completed(
+    config: Config,
+    gates: tuple[str, ...],
+    index: str,
+    accepted: str,
+    wide: tuple[bool, bool, bool, bool],
+) -> Config:
     return replace(
         config,
-        gates=tuple(_NAMES[g.dtype] for g in x.gates),
-        index="" if x.state_indices is None else _NAMES[x.state_indices.dtype],
-        accepted="" if x.num_accepted is None else _NAMES[x.num_accepted.dtype],
+        gates=gates,
+        index=index,
+        accepted=accepted,
         wide=wide,
         # scalar accesses need more registers than a cap leaves
         blocks=config.blocks if all(wide) else 0,

@@ -48,7 +48,7 @@ def _decode(
     tensors = GDNTensors(
         q, k, v, tuple(gates), state, out, scale, state_indices, intermediate_states
     )
-    chosen.load()(problem, chosen.config(problem, device), tensors)
+    chosen.run(problem, device, tensors)
 
 
 def _decode_fake(*args) -> None:
@@ -80,7 +80,7 @@ def _verify(
         q, k, v, tuple(gates), state, out, scale, state_indices,
         draft=DraftTensors(u, k_record, k_rnorm, log_g, mark), num_accepted=num_accepted,
     )  # fmt: skip
-    chosen.load()(problem, chosen.config(problem, device), tensors)
+    chosen.run(problem, device, tensors)
 
 
 def _verify_fake(*args) -> None:

@@ -137,7 +137,7 @@ def _run(*args: Any) -> None:
     device = Device.of(t.x.device)
     chosen = back_ends.choose("grouped_gemm", BACKENDS, problem, device, backend)
     if problem.rows:
-        chosen.load()(problem, chosen.config(problem, device), t)
+        chosen.run(problem, device, t)
 
 
 def _fake(*args: Any) -> None:

@@ -55,7 +55,7 @@ def _run_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     device = Device.of(t.logits.device)
     chosen = back_ends.choose("route", ROUTE_BACKENDS, problem, device, backend)
     if problem.tokens:
-        chosen.load()(problem, chosen.config(problem, device), t)
+        chosen.run(problem, device, t)
     return t.ids, t.weights
 
 
@@ -147,7 +147,7 @@ def _run(*args: Any) -> None:
     device = Device.of(t.x.device)
     chosen = back_ends.choose("fused_moe", BACKENDS, problem, device, backend)
     if problem.tokens:
-        chosen.load()(problem, chosen.config(problem, device), t)
+        chosen.run(problem, device, t)
 
 
 def _fake(*args: Any) -> None:

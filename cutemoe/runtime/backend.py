@@ -16,6 +16,7 @@ from typing import Any
 
 from cutemoe.errors import Unsupported, invalid
 from cutemoe.runtime import settings
+from cutemoe.runtime.compile import NotCompiled
 from cutemoe.runtime.device import Device
 
 Problem = Any
@@ -51,6 +52,17 @@ class Backend:
     def config(self, problem: Problem, device: Device) -> Any:
         """The configuration this back end would run the problem with."""
         return None if self.configure is None else self.configure(problem, device)
+
+    def run(self, problem: Problem, device: Device, tensors: Any) -> None:
+        """Runs the problem.
+
+        Raises:
+            NotCompiled: a kernel is missing and must not be compiled; names presets that have it.
+        """
+        try:
+            self.load()(problem, self.config(problem, device), tensors)
+        except NotCompiled as e:
+            raise e.during(problem, device) from None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cutemoe.runtime.backend import Backend
+from cutemoe.runtime.device import target
 
 _LIBRARY = torch.library.Library("cutemoe", "DEF")
 
@@ -37,14 +38,23 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """Registers `cutemoe::<schema>` and returns the callable operator.
 
     The implementation runs with the device of its first tensor argument current, so that kernels
-    launch there whatever device the caller had selected.
+    launch there whatever device the caller had selected. Inside `compile_only` calls on meta
+    tensors run the implementation too, so what is compiled is what is launched.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, _on_device_of_first(implementation), "CUDA")
-    torch.library.register_fake(f"cutemoe::{name}", fake, lib=_LIBRARY)
+    faked = _or_compile(implementation, fake)
+    torch.library.register_fake(f"cutemoe::{name}", faked, lib=_LIBRARY)
     return getattr(torch.ops.cutemoe, name).default
+
+
+def _or_compile(implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    def on_meta(*args: Any, **kwargs: Any) -> Any:
+        return (fake if target() is None else implementation)(*args, **kwargs)
+
+    return on_meta
 
 
 def _on_device_of_first(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -66,7 +66,7 @@ class Compiles:
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            self.result = self.kernel.warmup(*args, grid=grid, **kwargs)
+            self.result = self.kernel.function.warmup(*args, grid=grid, **kwargs)
 
         return launch
 

@@ -38,6 +38,7 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(request["module"]), request["function"])
+    kernel = getattr(kernel, "function", kernel)
     constexprs = {k: _value(v) for k, v in request["constexprs"].items()}
     signature, attrs = {}, {}
     for i, parameter in enumerate(kernel.params):
