@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cutemoe.gemm.problem import GemmProblem
+from cutemoe.gemm.weight import SM120
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
+from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
 
 TRITON_WEIGHTS = {
@@ -41,7 +43,11 @@ def packed_layout(activations: str) -> str:
 
 
 def weight_layout(activations: str, backend: str, device: Device) -> str:
-    """The layout of weights for the back end that will run them: packed for Triton."""
+    """The layout of weights for the back end that will run them: packed for CuTe or Triton."""
+    # elsewhere these kernels emulate the MMA of SM120, and run only by name
+    named = backend == "cute_nvfp4" or (backend == "auto" and device.arch in (120, 121))
+    if named and activations == "nvfp4" and cute_unavailable(device) is None:
+        return SM120
     willing = triton_unavailable(device) is None and (backend == "triton" or device.type == "cuda")
     return packed_layout(activations) if willing and backend != "reference" else "rows"
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from math import gcd
 
 from cutemoe.gemm.plan import GemmConfig, WeightForm, choose_rows, choose_tile, refuse_weights
+from cutemoe.moe import cute_nvfp4_plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
+from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
 
 TRITON_WEIGHTS = {
@@ -88,6 +90,13 @@ def configure_route(problem: RouteProblem, device: Device) -> RouteConfig:
 
 
 BACKENDS = (
+    Backend(
+        "cute_nvfp4",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure,
+    ),
     Backend(
         "triton",
         "cutemoe.triton_kernels.moe:run",

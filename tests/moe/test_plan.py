@@ -53,7 +53,8 @@ ROUTE = RouteProblem(
     scale=1.0,
     dtype="fp32",
 )
-TRITON = plan.BACKENDS[0]
+TRITON = next(b for b in plan.BACKENDS if b.name == "triton")
+CUTE = next(b for b in plan.BACKENDS if b.name == "cute_nvfp4")
 
 
 @pytest.mark.parametrize(("weight", "activations"), SUPPORTED)
