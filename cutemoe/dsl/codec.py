@@ -1,4 +1,4 @@
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """Codes of nvfp4 in registers: float32 -> e4m3 block scales and e2m1 codes, e4m3 -> fp16.
 
 The order of operations is that of cutemoe.formats.nvfp4, IEEE float32 only, so every bit equals

@@ -37,7 +37,7 @@ class FC1(ExpertGemm):
     ):
         """See `kernel`; `programs` is at least the live tiles times the blocks of outputs."""
         self.kernel(operands, tiles, multipliers, mBias, params, result).launch(  # pyright: ignore
-            grid=[programs, 1, 1], block=[self.t.threads, 1, 1], stream=stream
+            grid=[programs, 1, 1], block=[self.t.threads, 1, 1], min_blocks_per_mp=1, stream=stream
         )
 
     @cute.kernel

@@ -24,7 +24,7 @@ class FC2(ExpertGemm):
     ):
         """See `kernel`; `programs` is at least the live tiles times the blocks of outputs."""
         self.kernel(operands, tiles, multipliers, mBias, mY).launch(  # pyright: ignore
-            grid=[programs, 1, 1], block=[self.t.threads, 1, 1], stream=stream
+            grid=[programs, 1, 1], block=[self.t.threads, 1, 1], min_blocks_per_mp=1, stream=stream
         )
 
     @cute.kernel

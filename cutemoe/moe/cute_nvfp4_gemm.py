@@ -9,6 +9,7 @@ Pipe      cp.async, `stages` deep, one commit a stage and thread, one barrier a 
 Per k     wait for stage k | barrier | start the loads of stage k + stages - 1 | multiply stage k
 Stage     codes of A [block_m], codes of B [128], rows of block_k / 2 bytes whose 16-byte chunks are
           permuted so that ldmatrix meets no bank twice; scale words of A and B, rows fastest
+Registers the launches ask for one CTA a multiprocessor: without, ptxas keeps to 128 and spills
 Sums      float32, k ascending in steps of 64: the same bits for every tile, stage and batch
 
 Rows past the tile's and codes past K are zeros in shared memory and are not read. Rows of w past

@@ -57,7 +57,7 @@ class Quantise:
         """x [T, H], ids [T, K], sorted slots [R], starts [E + 1], multipliers [E] -> codes as
         words [R, H/8] and scales [R, 4 * ceil(H/64)] of the sorted rows."""
         self.kernel(mX, mIds, mSlots, mStart, mScale, mQ, mS, offset).launch(  # pyright: ignore
-            grid=[mSlots.shape[0], 1, 1], block=[THREADS, 1, 1], stream=stream
+            grid=[cute.size(mSlots), 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
@@ -117,10 +117,9 @@ class Combine:
         stream: cuda.CUstream,
     ):
         """y float32 [R, H] in slot order, ids and weights [T, K] -> out [T, H]."""
-        T, H = mO.shape
-        blocks = cute.ceil_div(H, 4 * THREADS)
+        blocks = cute.ceil_div(cute.size(mO, mode=[1]), 4 * THREADS)
         self.kernel(mY, mIds, mW, mO, offset, experts).launch(  # pyright: ignore
-            grid=[T, blocks, 1], block=[THREADS, 1, 1], stream=stream
+            grid=[cute.size(mO, mode=[0]), blocks, 1], block=[THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel

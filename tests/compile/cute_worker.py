@@ -1,9 +1,15 @@
-"""Cross-compiles gated delta net configurations: a JSON request a line, a JSON answer a line."""
+"""Cross-compiles CuTe kernels: a JSON request a line, a JSON answer a line.
+
+A request has an arch, and either the fields of a gated delta net Config or, with "build"
+("module:function"), a pickled configuration of that function.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import pickle
 import sys
 import time
 import traceback
@@ -29,19 +35,30 @@ def main() -> None:
 
 def compiled(request: dict[str, Any]) -> dict[str, Any]:
     """Registers, local bytes, SASS and seconds of one configuration."""
+    from tests.compile.worker import _read
+
+    build, config = _request(request)
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        kernel = build(config, f"--gpu-arch {request['arch']}")
+    seconds = time.perf_counter() - start
+    registers, local, sass = _read(bytes(kernel.artifacts.CUBIN))
+    return {"registers": registers, "local_bytes": local, "sass": sass, "seconds": seconds}
+
+
+def _request(request: dict[str, Any]) -> tuple[Any, Any]:
+    """The build function and its configuration."""
+    if "build" in request:
+        module, _, function = request["build"].partition(":")
+        config = pickle.loads(bytes.fromhex(request["config"]))
+        return getattr(importlib.import_module(module), function), config
     from cutemoe.gdn.cute_build import build
     from cutemoe.gdn.cute_plan import Config
-    from tests.compile.worker import _read
 
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()
     }
-    start = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):
-        kernel = build(Config(**fields), f"--gpu-arch {request['arch']}")
-    seconds = time.perf_counter() - start
-    registers, local, sass = _read(bytes(kernel.artifacts.CUBIN))
-    return {"registers": registers, "local_bytes": local, "sass": sass, "seconds": seconds}
+    return build, Config(**fields)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Bool(Value):
         return bool(self.v)
 
 
-def e4m3(byte: np.ndarray) -> np.ndarray:
+def e4m3(byte: Any) -> np.ndarray:
     """Values of e4m3 bytes."""
     return np.asarray(byte).astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
