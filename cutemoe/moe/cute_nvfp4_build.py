@@ -8,7 +8,8 @@ from cutlass import Float32, Int32, Int64, Uint8
 
 from cutemoe.moe.cute_nvfp4_fc1 import FC1
 from cutemoe.moe.cute_nvfp4_fc2 import FC2
-from cutemoe.moe.cute_nvfp4_plan import GemmConfig, RowsConfig, SortConfig
+from cutemoe.moe.cute_nvfp4_fused import Fused
+from cutemoe.moe.cute_nvfp4_plan import FusedConfig, GemmConfig, RowsConfig, SortConfig
 from cutemoe.moe.cute_nvfp4_rows import DTYPES, Combine, Quantise
 from cutemoe.moe.cute_nvfp4_sort import Sort
 
@@ -43,9 +44,7 @@ def build_fc1(c: GemmConfig, options: str = ""):
     """The launchable kernel; see `FC1.__call__` for its arguments."""
     R, n = cute.sym_int(), cute.sym_int
     operands, multipliers, bias = _gemm(c, R)
-    params = tuple(
-        _list(Float32) if each else Float32(1.0) for each in (c.alpha_e, c.beta_e, c.limit_e)
-    )
+    params = _params(c)
     result = (_rows(Int32, (R, n()), 4), _rows(Uint8, (R, n(divisibility=4)), 4))
     multipliers = (*multipliers, _list(Float32))
     return _compile(
@@ -73,6 +72,47 @@ def build_combine(c: RowsConfig, options: str = ""):
         _rows(DTYPES[c.dtype], (T, H), 8 if c.wide else 2),
         Int32(0),
         Int32(1),
+    )
+
+
+def build_fused(c: FusedConfig, options: str = ""):
+    """The launchable kernel; see `Fused.__call__` for its arguments."""
+    T, H, K, R = (cute.sym_int() for _ in range(4))
+    ids = IDS[c.sort.ids]
+    call = (
+        _rows(DTYPES[c.quantise.dtype], (T, H), 16 if c.quantise.wide else 2),
+        _rows(ids, (T, K), ids.width // 8),
+        _rows(Float32, (T, K), 4),
+        _rows(DTYPES[c.combine.dtype], (T, H), 8 if c.combine.wide else 2),
+        _rows(Float32, (R, H), 16),
+    )
+    xq, mid = _codes(R, c.fc1.vector), _codes(R, c.fc2.vector)
+    of_x, (f1, d1), b1 = _gemm(c.fc1, R)
+    of_mid, (f2, _), b2 = _gemm(c.fc2, R)
+    w13 = (*of_x[2:], f1, d1, _list(Float32), b1, _params(c.fc1))
+    w2 = (*of_mid[2:], f2, b2)
+    rows = (_list(Int32, R), *_sorted()[1:], _list(Int32))
+    numbers = (Int32(0), Int32(1), Int32(1))
+    return _compile(
+        Fused(c), options, call, rows, xq, w13, mid, w2, _list(Int32), numbers, Int32(1)
+    )
+
+
+def _codes(R, vector):
+    """Codes and scales of R rows: as bytes, and as words."""
+    n = cute.sym_int
+    return (
+        _rows(Uint8, (R, n()), vector),
+        _rows(Uint8, (R, n(divisibility=4)), 4),
+        _rows(Int32, (R, n(divisibility=2)), 8),
+        _rows(Int32, (R, n()), 4),
+    )
+
+
+def _params(c: GemmConfig):
+    """alpha, beta and limit: lists or numbers."""
+    return tuple(
+        _list(Float32) if each else Float32(1.0) for each in (c.alpha_e, c.beta_e, c.limit_e)
     )
 
 

@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 
 from cutemoe.dsl.codec import Codec, absolute_bits, divide
-from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, Work, least
+from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
 from cutemoe.moe.cute_nvfp4_plan import GemmConfig
 
 
@@ -49,19 +49,17 @@ class FC1(ExpertGemm):
         [E] or None, of x [E], of mid [E]; params: alpha, beta, limit; result: codes [R, I/2] and
         scales [R, 4 * ceil(I/64)].
         """
-        base = self.stages()
-        N = operands[2].shape[1]
-        n_out = N // 2 if const_expr(self.c.gated) else N
         program, _, _ = cute.arch.block_idx()
-        blocks = cute.ceil_div(n_out, self.c.outputs)
-        tile = program // blocks
-        if tile < tiles[1][0]:
-            mTiles = tiles[0]
-            j0 = program % blocks * self.c.outputs
-            work = Work(mTiles[tile, 0], mTiles[tile, 1], mTiles[tile, 2], j0)
-            acc = self.sums()
-            self.multiply(operands, work, base, acc)
-            self.finish(acc, work, multipliers, mBias, params, result, n_out)
+        if program < self.programs(operands, tiles):
+            self.body(operands, tiles, multipliers, mBias, params, result, program, self.stages())
+
+    @cute.jit
+    def body(self, operands, tiles, multipliers, mBias, params, result, program, base):
+        """One tile of rows and block of outputs; base: address of shared memory."""
+        work = self.work(operands, tiles, program)
+        acc = self.sums()
+        self.multiply(operands, work, base, acc)
+        self.finish(acc, work, multipliers, mBias, params, result, self.n_out(operands))
 
     @cute.jit
     def finish(self, acc, work, multipliers, mBias, params, result, n_out):

@@ -5,7 +5,7 @@ import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
-from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, Work
+from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm
 
 
 class FC2(ExpertGemm):
@@ -30,18 +30,17 @@ class FC2(ExpertGemm):
     @cute.kernel
     def kernel(self, operands, tiles, multipliers, mBias, mY):
         """y [R, H] = mid w2^T + b2; arguments as in FC1, operands with mid and w2."""
-        base = self.stages()
-        H = operands[2].shape[1]
         program, _, _ = cute.arch.block_idx()
-        blocks = cute.ceil_div(H, self.c.outputs)
-        tile = program // blocks
-        if tile < tiles[1][0]:
-            mTiles = tiles[0]
-            j0 = program % blocks * self.c.outputs
-            work = Work(mTiles[tile, 0], mTiles[tile, 1], mTiles[tile, 2], j0)
-            acc = self.sums()
-            self.multiply(operands, work, base, acc)
-            self.finish(acc, work, tiles[2], multipliers, mBias, mY)
+        if program < self.programs(operands, tiles):
+            self.body(operands, tiles, multipliers, mBias, mY, program, self.stages())
+
+    @cute.jit
+    def body(self, operands, tiles, multipliers, mBias, mY, program, base):
+        """One tile of rows and block of outputs; base: address of shared memory."""
+        work = self.work(operands, tiles, program)
+        acc = self.sums()
+        self.multiply(operands, work, base, acc)
+        self.finish(acc, work, tiles[2], multipliers, mBias, mY)
 
     @cute.jit
     def finish(self, acc, work, mSlots, multipliers, mBias, mY):

@@ -79,6 +79,22 @@ class ExpertGemm:
         """Address of the shared memory of all stages."""
         return SmemAllocator().allocate(self.t.smem_bytes, byte_alignment=128).toint()
 
+    def n_out(self, operands):
+        """Outputs of a row."""
+        N = operands[2].shape[1]
+        return N // 2 if self.c.gated else N
+
+    def programs(self, operands, tiles):
+        """Live tiles times blocks of outputs."""
+        return tiles[1][0] * cute.ceil_div(self.n_out(operands), self.c.outputs)
+
+    def work(self, operands, tiles, program):
+        """The tile and the block of outputs of a program, blocks of a tile side by side."""
+        blocks = cute.ceil_div(self.n_out(operands), self.c.outputs)
+        mTiles, tile = tiles[0], program // blocks
+        j0 = program % blocks * self.c.outputs
+        return Work(mTiles[tile, 0], mTiles[tile, 1], mTiles[tile, 2], j0)
+
     # ---- memory to stages
 
     def source(self, operands, work):

@@ -62,6 +62,10 @@ TILES = {
 }
 
 
+# most routed rows, launch style
+STYLES = ((MAX_INDEX, "pipeline"),)
+
+
 @dataclass(frozen=True)
 class GemmConfig:
     """Everything FC1 or FC2 is compiled for.
@@ -134,13 +138,37 @@ class RowsConfig:
 
 
 @dataclass(frozen=True)
+class FusedConfig:
+    """Everything the kernel of a whole layer is compiled for.
+
+    Attributes:
+        quantise, combine: of its ends.
+        dynamic: tiles of the GEMMs are taken from a counter.
+    """
+
+    sort: SortConfig
+    quantise: RowsConfig
+    fc1: GemmConfig
+    fc2: GemmConfig
+    combine: RowsConfig
+    dynamic: bool = False
+
+
+@dataclass(frozen=True)
 class Nvfp4Config:
-    """The kernels of a layer, but for what only the tensors show (`cute_nvfp4_launch`)."""
+    """The kernels of a layer, but for what only the tensors show (`cute_nvfp4_launch`).
+
+    Attributes:
+        style: "pipeline", one launch a stage; "static" or "dynamic", one cooperative launch.
+        ctas: CTAs of a cooperative launch.
+    """
 
     sort: SortConfig
     rows: RowsConfig
     fc1: GemmConfig
     fc2: GemmConfig
+    style: str = "pipeline"
+    ctas: int = 1
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
@@ -182,7 +210,14 @@ def configure(problem: Problem, device: Device) -> Nvfp4Config:
             limit=p.has_limit,
         ),
         GemmConfig(arch, tile, vector=16 if p.intermediate % 32 == 0 else 8, bias=p.has_b2),
+        style_of(p.tokens * p.top_k),
+        device.sm_count,
     )
+
+
+def style_of(rows: int) -> str:
+    """The launch style for that many routed rows."""
+    return next(style for most, style in STYLES if rows <= most)
 
 
 def most_tiles(problem: Problem, block_m: int) -> int:

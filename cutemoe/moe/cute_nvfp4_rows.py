@@ -18,7 +18,6 @@ from cutemoe.dsl.codec import Codec, absolute_bits, divide
 from cutemoe.moe.cute_nvfp4_plan import RowsConfig
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
-THREADS = 128
 
 
 class Ids:
@@ -38,7 +37,8 @@ class Ids:
 class Quantise:
     """The kernel for one RowsConfig: one CTA a sorted row, a thread a block of 16."""
 
-    def __init__(self, c: RowsConfig):
+    def __init__(self, c: RowsConfig, threads: int = 128):
+        self.threads = threads
         self.codec, self.ids, self.dtype = Codec(c.arch), Ids(c.flat), DTYPES[c.dtype]
 
     @cute.jit
@@ -57,23 +57,28 @@ class Quantise:
         """x [T, H], ids [T, K], sorted slots [R], starts [E + 1], multipliers [E] -> codes as
         words [R, H/8] and scales [R, 4 * ceil(H/64)] of the sorted rows."""
         self.kernel(mX, mIds, mSlots, mStart, mScale, mQ, mS, offset).launch(  # pyright: ignore
-            grid=[cute.size(mSlots), 1, 1], block=[THREADS, 1, 1], stream=stream
+            grid=[cute.size(mSlots), 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, mX, mIds, mSlots, mStart, mScale, mQ, mS, offset):
         row, _, _ = cute.arch.block_idx()
-        tid, _, _ = cute.arch.thread_idx()
         if row < mStart[mStart.shape[0] - 1]:
-            slot = mSlots[row]
-            expert = Int32(self.ids.at(mIds, slot)) - offset
-            g = divide(Float32(1.0), mScale[expert])
-            gX, at = mX[slot // mIds.shape[1], None], Int64(row)
-            for block in range(tid, mS.shape[1], THREADS):
-                scale = Uint32(0)
-                if block * 16 < mX.shape[1]:
-                    scale = self.block(gX, mQ[at, None], block, g)
-                mS[at, block] = Uint8(scale)
+            self.row(mX, mIds, mSlots, mScale, mQ, mS, offset, row)
+
+    @cute.jit
+    def row(self, mX, mIds, mSlots, mScale, mQ, mS, offset, row):
+        """One live sorted row."""
+        tid, _, _ = cute.arch.thread_idx()
+        slot = mSlots[row]
+        expert = Int32(self.ids.at(mIds, slot)) - offset
+        g = divide(Float32(1.0), mScale[expert])
+        gX, at = mX[slot // mIds.shape[1], None], Int64(row)
+        for block in range(tid, mS.shape[1], self.threads):
+            scale = Uint32(0)
+            if block * 16 < mX.shape[1]:
+                scale = self.block(gX, mQ[at, None], block, g)
+            mS[at, block] = Uint8(scale)
 
     @cute.jit
     def block(self, gX, gQ, block, g):
@@ -102,7 +107,8 @@ class Combine:
     Float32, slots in ascending order, one rounding. A thread has four outputs.
     """
 
-    def __init__(self, c: RowsConfig):
+    def __init__(self, c: RowsConfig, threads: int = 128):
+        self.threads = threads
         self.dtype = DTYPES[c.dtype]
 
     @cute.jit
@@ -117,16 +123,21 @@ class Combine:
         stream: cuda.CUstream,
     ):
         """y float32 [R, H] in slot order, ids and weights [T, K] -> out [T, H]."""
-        blocks = cute.ceil_div(cute.size(mO, mode=[1]), 4 * THREADS)
+        blocks = cute.ceil_div(cute.size(mO, mode=[1]), 4 * self.threads)
         self.kernel(mY, mIds, mW, mO, offset, experts).launch(  # pyright: ignore
-            grid=[cute.size(mO, mode=[0]), blocks, 1], block=[THREADS, 1, 1], stream=stream
+            grid=[cute.size(mO, mode=[0]), blocks, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, mY, mIds, mW, mO, offset, experts):
         t, part, _ = cute.arch.block_idx()
+        self.part(mY, mIds, mW, mO, offset, experts, t, part)
+
+    @cute.jit
+    def part(self, mY, mIds, mW, mO, offset, experts, t, part):
+        """4 * threads outputs of one token."""
         tid, _, _ = cute.arch.thread_idx()
-        quad = part * THREADS + tid
+        quad = part * self.threads + tid
         top_k = mIds.shape[1]
         if quad * 4 < mO.shape[1]:
             acc = cute.make_rmem_tensor((4,), Float32)

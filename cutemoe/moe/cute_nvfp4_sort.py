@@ -8,21 +8,21 @@ ranking 32 at once by a ballot. Counts use atomics of shared memory, whose sum h
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Int32, Uint32, range_constexpr
+from cutlass import Int32, Uint32, const_expr, range_constexpr
+from cutlass.memory import SmemAllocator
 
 from cutemoe.moe.cute_nvfp4_plan import SortConfig
 from cutemoe.moe.cute_nvfp4_rows import Ids
 
-WARPS = 16
 # ids that a lane has in flight
 AHEAD = 8
 
 
 class Sort:
-    """The kernel for one SortConfig."""
+    """The kernel for one SortConfig; `warps` of a CTA."""
 
-    def __init__(self, c: SortConfig):
-        self.bins, self.ids = c.bins, Ids(c.flat)
+    def __init__(self, c: SortConfig, warps: int = 16):
+        self.bins, self.ids, self.warps = c.bins, Ids(c.flat), warps
 
     @cute.jit
     def __call__(
@@ -36,31 +36,38 @@ class Sort:
     ):
         """ids [T, K]; rows: sorted slots [R], starts [E + 1], tiles [.., 3], tile count [1]."""
         self.kernel(mIds, rows, offset, experts, block_m).launch(  # pyright: ignore
-            grid=[cute.ceil_div(experts, WARPS), 1, 1], block=[32 * WARPS, 1, 1], stream=stream
+            grid=[cute.ceil_div(experts, self.warps), 1, 1],
+            block=[32 * self.warps, 1, 1],
+            stream=stream,
         )
 
     @cute.kernel
     def kernel(self, mIds, rows, offset, experts, block_m):
+        smem = SmemAllocator().allocate_array(Int32, self.bins)
+        self.body(mIds, rows, offset, experts, block_m, smem)
+
+    @cute.jit
+    def body(self, mIds, rows, offset, experts, block_m, smem):
+        """The experts of this CTA; smem: `bins` int32."""
         tid, _, _ = cute.arch.thread_idx()
-        group, _, _ = cute.arch.block_idx()
-        counts = cute.make_tensor(
-            cute.arch.alloc_smem(Int32, self.bins), cute.make_layout((self.bins,))
-        )
-        for i in range(tid, self.bins, 32 * WARPS):
+        first_expert = cute.arch.block_idx()[0] * self.warps
+        threads = const_expr(32 * self.warps)
+        counts = cute.make_tensor(smem, cute.make_layout((self.bins,)))
+        for i in range(tid, self.bins, threads):
             counts[i] = Int32(0)
         cute.arch.sync_threads()
         R = rows[0].shape[0]
-        step = 32 * WARPS * AHEAD
+        step = threads * AHEAD
         for first in range(tid, R, step):
             local = [
-                self.local(mIds, first + i * 32 * WARPS, R, offset, experts) for i in range(AHEAD)
+                self.local(mIds, first + i * threads, R, offset, experts) for i in range(AHEAD)
             ]
             for i in range_constexpr(AHEAD):
                 if local[i] >= 0:
                     cute.arch.atomic_add((counts.iterator + local[i]).llvm_ptr, Int32(1))
         cute.arch.sync_threads()
-        expert = group * WARPS + cute.arch.make_warp_uniform(tid // 32)
-        if expert < experts:
+        warp = cute.arch.make_warp_uniform(tid // 32)
+        for expert in range(first_expert + warp, experts, cute.arch.grid_dim()[0] * self.warps):
             self.place(mIds, rows, counts, expert, offset, experts, block_m)
 
     @cute.jit

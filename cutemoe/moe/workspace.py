@@ -15,6 +15,7 @@ slots come last, at or beyond expert_start[E].
 | xq_scale, midq_scale | float32 [T], [R] | row scales of fp8 |
 | xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_nvfp4: codes of nvfp4 in sorted order |
 | xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I] | and their block scales; there is no mid |
+| sync | int32 [4] | there too: counters of a cooperative launch |
 | y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
 """  # noqa: E501
 
@@ -92,6 +93,7 @@ def layout(
         "tile_count": ((1,), i32),
     }
     if codes:
+        wanted["sync"] = ((4,), i32)
         for name, width in (("xq", hidden), ("midq", intermediate)):
             wanted[name] = ((rows, width // 2), torch.uint8)
             wanted[f"{name}_scale"] = ((rows, -(-width // 64) * 4), torch.uint8)

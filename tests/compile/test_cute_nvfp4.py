@@ -18,7 +18,7 @@ import pytest
 
 from cutemoe.errors import Unsupported
 from cutemoe.moe import cute_nvfp4_plan as plan
-from cutemoe.moe.cute_nvfp4_plan import GemmConfig, Nvfp4Config, Tile
+from cutemoe.moe.cute_nvfp4_plan import FusedConfig, GemmConfig, Nvfp4Config, Tile
 from cutemoe.moe.problem import Problem
 from cutemoe.runtime.device import Device
 
@@ -134,6 +134,20 @@ def test_the_other_kernels_compile_without_local_memory(kind, arch):
     for build, c in parts:
         found = worker().ask(build, c, arch)
         assert found["local_bytes"] == 0 and found["registers"] <= 64
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("kind", ["decode", "batch", "prefill", "long prefill"])
+def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
+    c = configuration(kind, arch)
+    found = worker().ask(
+        "build_fused", FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows, dynamic), arch
+    )
+    assert found["local_bytes"] == 0 and found["registers"] <= 232
+    assert count(found, "HMMA" if arch == "sm_90a" else r"OMMA\S*") > 0
+    assert count(found, r"ATOMG\S*|ATOM\S*|RED\S*") >= 4 + 2 * dynamic
+    print(f"{kind} {dynamic} {arch}: {found['registers']} registers, {found['seconds']:.2f} s")
 
 
 def test_sm_80_has_no_conversion_and_needs_none():

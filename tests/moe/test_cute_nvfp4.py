@@ -8,7 +8,7 @@ import torch
 import cutemoe
 from cutemoe.gemm.plan import weight_layout
 from cutemoe.gemm.weight import SM120, PackedWeight
-from cutemoe.moe import cute_nvfp4_plan, plan
+from cutemoe.moe import api, cute_nvfp4_plan, plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.workspace import MIN_TILE_ROWS, layout, max_tiles
 from cutemoe.runtime.backend import choose
@@ -192,6 +192,60 @@ def test_a_graph_replays_with_new_tokens_and_routing():
                 out.fill_(torch.nan)
                 graph.replay()
                 assert_same(out, y)
+
+
+def direct(layer, x, ids, weights, style, ctas, *, space=None, out=None, activation=SATURATED):
+    """A call with a launch style and a number of CTAs of the test's choice."""
+    from cutemoe.moe.cute_nvfp4_launch import run
+
+    moe = layer.prepared(GPU)
+    t, _ = api._tensors(x, moe, ids, weights, activation, out, space, "cute_nvfp4")
+    problem = Problem.of(
+        t, activations="nvfp4", gate_up=layer.gate_up, activation="swiglu", expert_offset=0,
+        deterministic=True,
+    )  # fmt: skip
+    config = cute_nvfp4_plan.configure(problem, Device.of(x.device))
+    run(problem, replace(config, style=style, ctas=ctas or config.ctas), t)
+    return t.out
+
+
+STYLED = [("static", 0), ("static", 3), ("dynamic", 0), ("dynamic", 5)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("style", "ctas"), STYLED)
+@pytest.mark.parametrize("pattern", draw.PATTERNS)
+@pytest.mark.parametrize("tokens", [1, 9, 150])
+def test_one_launch_gives_the_bits_of_the_pipeline(style, ctas, pattern, tokens):
+    layer = random_layer("nvfp4", "nvfp4", E=6, H=544, I=208, seed=5, gate_up="interleaved")
+    r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
+    args = GPU.put((draw.normal((tokens, 544), 7, torch.bfloat16), r.ids(), r.weights()))
+    want = direct(layer, *args, "pipeline", 0)
+    with Poison("cuda") as poison:
+        size = cutemoe.Workspace.for_moe(layer.prepared(GPU), tokens, 3).nbytes
+        space = cutemoe.Workspace(poison.empty((size,), torch.uint8))
+        out = poison.empty(want.shape, want.dtype)
+        for _ in range(3):
+            assert_same(direct(layer, *args, style, ctas, space=space, out=out), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("style", ["static", "dynamic"])
+def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(style):
+    layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
+    r = draw.Routing(T=40, K=2, E=6, offset=0, pattern="skewed", seed=1)
+    args = GPU.put((draw.normal((40, 256), 7, torch.bfloat16), r.ids(), r.weights()))
+    want = direct(layer, *args, "pipeline", 0)
+    busy = torch.cuda.Stream()
+    noise = torch.randn(2048, 2048, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(8):
+        with torch.cuda.stream(busy):
+            torch.cuda._sleep(3_000_000)
+            for _ in range(8):
+                noise = (noise @ noise).clamp(-1, 1)
+        assert_same(direct(layer, *args, style, 0), want)
+    torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
