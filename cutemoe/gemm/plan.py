@@ -45,7 +45,7 @@ def packed_layout(activations: str) -> str:
 def weight_layout(activations: str, backend: str, device: Device) -> str:
     """The layout of weights for the back end that will run them: packed for CuTe or Triton."""
     # elsewhere these kernels emulate the MMA of SM120, and run only by name
-    named = backend == "cute_nvfp4" or (backend == "auto" and device.arch in (120, 121))
+    named = backend.startswith("cute_nvfp4") or (backend == "auto" and device.arch in (120, 121))
     if named and activations == "nvfp4" and cute_unavailable(device) is None:
         return SM120
     willing = triton_unavailable(device) is None and (backend == "triton" or device.type == "cuda")

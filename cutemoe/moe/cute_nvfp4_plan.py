@@ -7,7 +7,7 @@ the Triton kernels, so a layer runs there only where it was prepared with backen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cutemoe.gemm.weight import SM120
 from cutemoe.moe.problem import Problem
@@ -16,6 +16,8 @@ from cutemoe.runtime.device import Device
 # of a CTA on SM120 and SM121, less than on any other card that runs this but sm_86 and sm_89
 SMEM_LIMIT = 101376
 MAX_EXPERTS = 1024
+# cards that have the block-scaled MMA
+NATIVE = (120, 121)
 MAX_INDEX = 2**31 - 1
 # rows of w that a CTA multiplies
 BLOCK_N = 128
@@ -213,6 +215,28 @@ def configure(problem: Problem, device: Device) -> Nvfp4Config:
         style_of(p.tokens * p.top_k),
         device.sm_count,
     )
+
+
+def configure_static(problem: Problem, device: Device) -> Nvfp4Config:
+    """One cooperative launch, tiles dealt out."""
+    return replace(configure(problem, device), style="static")
+
+
+def configure_dynamic(problem: Problem, device: Device) -> Nvfp4Config:
+    """One cooperative launch, tiles from a counter."""
+    return replace(configure(problem, device), style="dynamic")
+
+
+def refuse_emulated(problem: Problem, device: Device) -> str | None:
+    """Why the emulation does not run beside the instruction, or None."""
+    if device.arch not in NATIVE:
+        return f"sm_120 or sm_121, whose MMA it emulates, got sm_{device.arch}"
+    return refuse(problem, device)
+
+
+def configure_emulated(problem: Problem, device: Device) -> Nvfp4Config:
+    """The configuration that SM90 would run, on a card that has the instruction: to compare."""
+    return configure(problem, replace(device, arch=90))
 
 
 def style_of(rows: int) -> str:

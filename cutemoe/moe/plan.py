@@ -97,6 +97,28 @@ BACKENDS = (
         cute_nvfp4_plan.refuse,
         cute_nvfp4_plan.configure,
     ),
+    # never first: variants of the one above, to name
+    Backend(
+        "cute_nvfp4_static",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure_static,
+    ),
+    Backend(
+        "cute_nvfp4_dynamic",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure_dynamic,
+    ),
+    Backend(
+        "cute_nvfp4_emulated",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse_emulated,
+        cute_nvfp4_plan.configure_emulated,
+    ),
     Backend(
         "triton",
         "cutemoe.triton_kernels.moe:run",

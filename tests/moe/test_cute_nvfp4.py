@@ -56,6 +56,22 @@ def test_it_says_why_not(changed, words):
     assert words in (CUTE.reason(replace(GOOD, **changed), RTX) or "")
 
 
+def test_variants_are_for_those_who_name_them():
+    static, dynamic, emulated = (
+        next(b for b in plan.BACKENDS if b.name == f"cute_nvfp4_{name}")
+        for name in ("static", "dynamic", "emulated")
+    )
+    for b, style in ((static, "static"), (dynamic, "dynamic")):
+        assert b.reason(GOOD, H200) is None
+        config = b.config(GOOD, RTX)
+        assert config.style == style and config.ctas == RTX.sm_count
+        assert replace(config, style="pipeline") == CUTE.config(GOOD, RTX)
+    assert "sm_120 or sm_121, whose MMA it emulates, got sm_90" in emulated.reason(GOOD, H200)
+    assert emulated.reason(GOOD, SPARK) is None
+    assert emulated.config(GOOD, RTX).fc1.arch == 90 and CUTE.config(GOOD, RTX).fc1.arch == 120
+    assert emulated.reason(replace(GOOD, layout="rows"), RTX) is not None
+
+
 def test_where_it_is_not_available():
     assert CUTE.reason(GOOD, V100) == "needs sm_80 or newer, got sm_70"
     assert "needs a CUDA device" in (CUTE.reason(GOOD, Device("cpu")) or "")
@@ -69,6 +85,8 @@ def test_where_it_is_not_available():
         ("nvfp4", "auto", SPARK, SM120),
         ("nvfp4", "auto", H200, "sm80_w4_bf16"),
         ("nvfp4", "cute_nvfp4", H200, SM120),
+        ("nvfp4", "cute_nvfp4_static", H200, SM120),
+        ("nvfp4", "cute_nvfp4_emulated", RTX, SM120),
         ("nvfp4", "triton", RTX, "sm80_w4_bf16"),
         ("nvfp4", "reference", RTX, "rows"),
         ("bf16", "auto", RTX, "sm80_w4_bf16"),
