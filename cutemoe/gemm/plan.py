@@ -9,7 +9,9 @@ from typing import Any
 
 from cutemoe.gemm import cute_plan
 from cutemoe.gemm.problem import GemmProblem
+from cutemoe.gemm.weight import SM120
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
+from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
 
 TRITON_WEIGHTS = {
@@ -44,6 +46,10 @@ def packed_layout(activations: str) -> str:
 
 def weight_layout(format: str, activations: str, backend: str, device: Device) -> str:
     """The layout of weights for the back end that will run them: the first that takes them."""
+    # elsewhere these kernels emulate the MMA of SM120, and run only by name
+    named = backend.startswith("cute_nvfp4") or (backend == "auto" and device.arch in (120, 121))
+    if named and activations == "nvfp4" and cute_unavailable(device) is None:
+        return SM120
     why = cute_plan.unavailable(device) or cute_plan.refuse_format(format, activations)
     if backend in ("auto", "cute") and why is None:
         return cute_plan.LAYOUT

@@ -9,12 +9,15 @@ import torch
 from cutemoe.errors import invalid
 from cutemoe.formats import FORMATS, QuantizedTensor
 from cutemoe.layouts import sm80_w4, sm90_rs_w4
+from cutemoe.layouts.sm120_block_scale import SM120_BLOCK_SCALE
 
 DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # layout -> type of the tensor core operands it is made for
 PACKED = {"sm80_w4_bf16": "bf16", "sm80_w4_fp16": "fp16"}
 HOPPER = "sm90_rs_w4"
-LAYOUTS = ("rows", *PACKED, HOPPER)
+# codes in rows, scales as the block-scaled MMA of SM120 reads them
+SM120 = "sm120_nvfp4"
+LAYOUTS = ("rows", *PACKED, HOPPER, SM120)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +31,10 @@ class PackedWeight:
             float8_e4m3fn, int4 bfloat16), fp8 float32 [G, N]; None if dense.
         factor: float32 [G], multiplies the accumulator; None is 1.
         format: "bf16", "fp16" (dense), "mxfp4", "nvfp4", "int4" or "fp8".
-        layout: where the bytes sit: "rows", row-major as in the checkpoint, or "sm80_w4_bf16",
-            "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py) or "sm90_rs_w4" (sm90_rs_w4.py, scales
-            within data), whose data, scale and factor differ.
+        layout: where the bytes sit: "rows", row-major as in the checkpoint; "sm80_w4_bf16" or
+            "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py), whose data, scale and factor differ;
+            "sm90_rs_w4" (sm90_rs_w4.py), whose scales are within data; or "sm120_nvfp4", whose
+            scale is in layout "sm120_block_scale".
         group_size: values of the last dimension that share a scale; None if dense or fp8.
         shape: (G, N, Kdim) of the values.
         order: of the rows in layout "sm90_rs_w4": "plain", or how gates and ups were given.
@@ -71,6 +75,8 @@ class PackedWeight:
         shape = (w.shape[0], w.shape[1], w.shape[2])
         if isinstance(w, QuantizedTensor):
             rows = _pack_rows(w, shape, device, argument)
+            if layout == SM120:
+                return _pack_sm120(rows)
             return rows if layout == "rows" else _packed(rows, layout, order)
         if w.dtype not in DENSE:
             fix = "w.to(torch.bfloat16), or cutemoe.quantize"
@@ -111,6 +117,10 @@ class PackedWeight:
             return QuantizedTensor(
                 self.data, self.scale, self.factor, format=self.format, group_size=self.group_size
             )
+        if self.layout == SM120:
+            groups, n, k = self.shape
+            scale = SM120_BLOCK_SCALE.unpack(self.scale, (groups, n, k // 16))
+            return QuantizedTensor(self.data, scale, self.factor, format=self.format)
         return sm80_w4.unpack(
             self.data,
             self.scale,
@@ -161,6 +171,15 @@ def _packed(w: PackedWeight, layout: str, order: str) -> PackedWeight:
         return w
     data, scale, factor = sm80_w4.pack(q, PACKED[layout])
     return replace(w, data=data, scale=scale, factor=factor, layout=layout)
+
+
+def _pack_sm120(w: PackedWeight) -> PackedWeight:
+    """nvfp4 weights in rows -> their scales swizzled; others as they are."""
+    if w.format != "nvfp4" or w.scale is None:
+        return w
+    # copies of 16 bytes read the codes
+    data = w.data if w.data.data_ptr() % 16 == 0 else w.data.clone()
+    return replace(w, data=data, scale=SM120_BLOCK_SCALE.pack(w.scale), layout=SM120)
 
 
 def _pack_rows(

@@ -8,9 +8,11 @@ from typing import Any
 
 from cutemoe.gemm import cute_plan
 from cutemoe.gemm.plan import WeightForm, choose_rows, choose_tile, refuse_weights
+from cutemoe.moe import cute_nvfp4_plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
+from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
 
 TRITON_WEIGHTS = {
@@ -117,6 +119,35 @@ BACKENDS = (
         cute_plan.unavailable,
         refuse_cute,
         configure_cute,
+    ),
+    Backend(
+        "cute_nvfp4",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure,
+    ),
+    # never first: variants of the one above, to name
+    Backend(
+        "cute_nvfp4_static",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure_static,
+    ),
+    Backend(
+        "cute_nvfp4_dynamic",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure_dynamic,
+    ),
+    Backend(
+        "cute_nvfp4_emulated",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse_emulated,
+        cute_nvfp4_plan.configure_emulated,
     ),
     Backend(
         "triton",

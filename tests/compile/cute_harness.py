@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ class Worker:
             },
         )
 
-    def ask(self, family: str, config: Any, arch: str) -> dict[str, Any]:
-        """Registers, local bytes, SASS and seconds of a configuration."""
+    def ask(self, build: str, config: Any, arch: str) -> dict[str, Any]:
+        """Registers, local bytes, SASS and seconds of what build ("module:function") makes."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"family": family, "config": asdict(config), "arch": arch}
+        request = {"build": build, "config": pickle.dumps(config).hex(), "arch": arch}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline() or '{"error": "the worker died"}')

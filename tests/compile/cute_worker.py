@@ -1,13 +1,14 @@
-"""Cross-compiles CuTe configurations: a JSON request a line, a JSON answer a line.
+"""Cross-compiles CuTe kernels: a JSON request a line, a JSON answer a line.
 
-A request names a family (the folder of its cute_plan and cute_build), an architecture, and the
-fields of a Config; a field that holds a dataclass itself is a dict."""
+A request has an arch, a build function ("module:function") and its pickled configuration.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import json
+import pickle
 import sys
 import time
 import traceback
@@ -35,25 +36,15 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
     """Registers, local bytes, SASS and seconds of one configuration."""
     from tests.compile.worker import _read
 
-    family = f"cutemoe.{request['family']}"
-    plan = importlib.import_module(f"{family}.cute_plan")
-    build = importlib.import_module(f"{family}.cute_build").build
-    fields = _tuples(request["config"])
-    if "tile" in fields and isinstance(fields["tile"], dict):
-        fields["tile"] = plan.Tile(**fields["tile"])
+    module, _, function = request["build"].partition(":")
+    build = getattr(importlib.import_module(module), function)
+    config = pickle.loads(bytes.fromhex(request["config"]))
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        kernel = build(plan.Config(**fields), f"--gpu-arch {request['arch']}")
+        kernel = build(config, f"--gpu-arch {request['arch']}")
     seconds = time.perf_counter() - start
     registers, local, sass = _read(bytes(kernel.artifacts.CUBIN))
     return {"registers": registers, "local_bytes": local, "sass": sass, "seconds": seconds}
-
-
-def _tuples(x: Any) -> Any:
-    """JSON's lists as the tuples they were."""
-    if isinstance(x, dict):
-        return {k: _tuples(v) for k, v in x.items()}
-    return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tests.compile.cute_harness import worker
 
 pytest.importorskip("cutlass")
 H200 = Device("cuda", 0, "H200", 90, 132, 232448, True)
+BUILD = "cutemoe.gdn.cute_build:build"
 ARCHS = ("sm_80", "sm_90a", "sm_120a")
 REAL = Problem(
     B=64, T=8, HQ=16, HV=32, DK=128, DV=128, slots=64, dtype="bfloat16", state="float32",
@@ -58,7 +59,7 @@ def configuration(kind: str, arch: str = "sm_90a") -> Config:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_into_registers_and_tensor_cores(kind, arch):
     config = configuration(kind, arch)
-    c = worker().ask("gdn", config, arch)
+    c = worker().ask(BUILD, config, arch)
     # a cap on registers is the one thing that may spill, where it measured faster
     assert c["local_bytes"] <= (128 if config.blocks else 0) and c["registers"] <= 255
     if kind != "flush":
@@ -72,7 +73,7 @@ def test_compiles_into_registers_and_tensor_cores(kind, arch):
 
 def test_misaligned_tensors_compile():
     config = replace(configuration("verify"), wide=(False,) * 4, blocks=0)
-    assert worker().ask("gdn", config, "sm_90a")["local_bytes"] == 0
+    assert worker().ask(BUILD, config, "sm_90a")["local_bytes"] == 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from cutemoe.runtime.device import Device
 from tests.compile.cute_harness import worker
 
 pytest.importorskip("cutlass")
+BUILD = "cutemoe.gemm.cute_build:build"
 H200 = Device("cuda", 0, "H200", 90, 132, 232448, True)
 # mean tokens of an expert
 MEANS = (1, 12, 24, 96)
@@ -56,7 +57,7 @@ def main_loop(sass: str, weights: int) -> Counter[str]:
 @pytest.mark.parametrize(("weight", "mean", "kind"), CASES)
 def test_compiles_into_registers_and_wgmma(weight, mean, kind):
     config = Config(weight, shipped(weight, mean), **KINDS[kind])
-    c = worker().ask("gemm", config, "sm_90a")
+    c = worker().ask(BUILD, config, "sm_90a")
     assert c["local_bytes"] == 0 and c["registers"] <= 168
     multiplies = len(config.tile.rows) * config.tile.blocks * 12
     assert c["sass"].count("HGMMA") == multiplies
@@ -70,7 +71,7 @@ def test_the_main_loop_keeps_its_budget(mean):
     """Instructions a 4-bit weight of a lane: conversion 1.72, the whole loop at most 2.7."""
     config = Config("mxfp4", shipped("mxfp4", mean), **SWIGLU)
     weights = 64 * config.tile.blocks
-    found = main_loop(worker().ask("gemm", config, "sm_90a")["sass"], weights)
+    found = main_loop(worker().ask(BUILD, config, "sm_90a")["sass"], weights)
     convert = sum(found[name] for name in ("LOP3", "SHF", "HMUL2"))
     assert found["HMUL2"] == weights // 2
     print(f"mean {mean}: {sum(found.values()) / weights:.2f} a weight, {convert / weights:.2f} in")

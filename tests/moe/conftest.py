@@ -17,6 +17,7 @@ _GPU = pytest.mark.gpu
         pytest.param(Target("reference", "cuda"), marks=_GPU),
         pytest.param(Target("triton", "cuda"), marks=_GPU),
         pytest.param(Target("cute", "cuda"), marks=_GPU),
+        pytest.param(Target("cute_nvfp4", "cuda"), marks=_GPU),
     ],
     ids=str,
 )

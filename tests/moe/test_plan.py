@@ -54,7 +54,8 @@ ROUTE = RouteProblem(
     scale=1.0,
     dtype="fp32",
 )
-CUTE, TRITON, _ = plan.BACKENDS
+TRITON = next(b for b in plan.BACKENDS if b.name == "triton")
+CUTE = next(b for b in plan.BACKENDS if b.name == "cute")
 
 
 @pytest.mark.parametrize(("weight", "activations"), SUPPORTED)

@@ -35,9 +35,13 @@ LAYERS = (
 )
 
 
+ONLY: list[str] = []
+
+
 def names(op: str) -> list[str]:
-    """Back ends that run here, without the reference."""
-    return [r.name for r in cutemoe.backends(op) if r.reason is None and r.name != "reference"]
+    """Back ends that run here, without the reference, or those of the command line."""
+    here = [r.name for r in cutemoe.backends(op) if r.reason is None and r.name != "reference"]
+    return [name for name in here if not ONLY or name in ONLY]
 
 
 def moe() -> Iterator[str]:
@@ -107,7 +111,10 @@ def main() -> None:
     """Runs the groups named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="+", choices=GROUPS)
-    for group in parser.parse_args().groups:
+    parser.add_argument("--backends", nargs="+", default=[], help="default: all that run here")
+    args = parser.parse_args()
+    ONLY.extend(args.backends)
+    for group in args.groups:
         for line in GROUPS[group]():
             torch.cuda.synchronize()
             print(line, flush=True)
