@@ -7,9 +7,8 @@ the value, its scale included. layouts/sm90_rs_w4.py has the map of the bits.
 
 import cutlass.cute as cute
 from cutlass import Uint32
-from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import dsl_user_op
+from cutlass.cutlass_dsl import T, dsl_user_op
 
 # $0..$3 pairs, $4 codes, $5.. multipliers; {{half}}: row g takes the low half, row g + 8 the high
 _PLACE = """{
@@ -42,8 +41,8 @@ def _scaled(h: int, operands: tuple[int, int, int, int]) -> str:
 @dsl_user_op
 def _run(ptx: str, operands, *, loc=None, ip=None):
     """Four words from a block of PTX without side effects."""
-    i32 = ir.IntegerType.get_signless(32)
-    struct = llvm.StructType.get_literal([i32] * 4)
+    i32 = T.i32()
+    struct = llvm.StructType.get_literal([i32] * 4)  # pyright: ignore
     constraints = ",".join(["=&r"] * 4 + ["r"] * len(operands))
     values = [Uint32(x).ir_value(loc=loc, ip=ip) for x in operands]
     out = llvm.inline_asm(

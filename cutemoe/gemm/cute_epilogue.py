@@ -114,7 +114,8 @@ class Epilogue:
             # (1 + tanh(u)) / 2 = sigmoid(2 u), without cancellation
             u = Float32(0.7978845608028654) * (x + Float32(0.044715) * (x * x * x))
             return x * self.sigmoid(Float32(2.0) * u)
-        return Float32(0.5) * x * (Float32(1.0) + cute.math.erf(x * Float32(0.7071067811865476)))
+        erf = cute.math.erf(x * Float32(0.7071067811865476))  # pyright: ignore
+        return Float32(0.5) * x * (Float32(1.0) + erf)
 
     def sigmoid(self, x):
         """1 / (1 + exp(-x)) from two approximate instructions, 2^-22; 0, 1/2 and 1 are exact."""

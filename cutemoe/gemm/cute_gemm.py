@@ -88,7 +88,7 @@ class ExpertGemm:
     def kernel(self, mX, mW, extras, work, mO, params, top_k):
         shared = SmemAllocator().allocate(self.Storage)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        full, empty = shared.full.data_ptr(), shared.empty.data_ptr()
+        full, empty = shared.full.data_ptr(), shared.empty.data_ptr()  # pyright: ignore
         if warp == 0:
             with cute.arch.elect_one():
                 for s in range_constexpr(self.stages):

@@ -44,7 +44,7 @@ def multiply(
         out="fp32" if out.dtype == torch.float32 else "bf16",
         bias=bias is not None,
         factor=w.factor is not None,
-        params=tuple(isinstance(p, torch.Tensor) for p in params),
+        params=(_given(params[0]), _given(params[1]), _given(params[2])),
         limit=params[2] is not None,
         order=w.order,
         **given,
@@ -59,6 +59,10 @@ def multiply(
         tuple(0.0 if p is None else p for p in params), top_k,
         min(tiles * blocks, device.sm_count * tile.ctas),
     )  # fmt: skip
+
+
+def _given(parameter: object) -> bool:
+    return isinstance(parameter, torch.Tensor)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

@@ -111,9 +111,9 @@ def test_hopper_rows_bring_gate_and_up_together():
     at = sm90_rs_w4.row_order(64, "gate_up", torch.device("cpu"))
     assert at is not None
     assert at[:16].tolist() == [*range(8), *range(32, 40)] and sorted(at.tolist()) == [*range(64)]
-    assert sm90_rs_w4.row_order(64, "interleaved", at.device)[:16].tolist() == [
-        *range(0, 16, 2), *range(1, 16, 2)
-    ]  # fmt: skip
+    pairs = sm90_rs_w4.row_order(64, "interleaved", at.device)
+    assert pairs is not None
+    assert pairs[:16].tolist() == [*range(0, 16, 2), *range(1, 16, 2)]
 
 
 @pytest.mark.parametrize("activations", ["bf16", "fp16", "fp8"])

@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def gdn() -> Iterator[str]:
         for layout in ("vk", "kv"):
             for state in (torch.float32, torch.bfloat16):
                 case = Case(3, 3, NATIVE[1], torch.bfloat16, state, layout)
-                call = {k: v.to(CUDA) if isinstance(v, torch.Tensor) else v
+                call: dict[str, Any] = {k: v.to(CUDA) if isinstance(v, torch.Tensor) else v
                         for k, v in case.call().items()}  # fmt: skip
                 call["state_indices"][1] = -1
                 snapshots = case.snapshots().to(CUDA)
