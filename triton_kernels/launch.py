@@ -104,7 +104,7 @@ class Loaded:
         size, scratch: bytes of the parameters, and the null pointers behind them.
     """
 
-    function: int
+    function: Any
     threads: int
     shared: int
     pack: Any
@@ -119,7 +119,9 @@ class Entry:
     def __init__(self, function: Any) -> None:
         self.function = function
         self.__name__, self.__doc__ = function.__name__, function.__doc__
+        # by what a launch shows at once, and by what Triton makes of it
         self._known: dict[tuple[Any, ...], Loaded | None] = {}
+        self._made: dict[tuple[Any, ...], Loaded | None] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return partial(self._launch, grid)
@@ -166,19 +168,18 @@ class Entry:
         machine: Device | None,
     ) -> Loaded | None:
         """The kernel of a signature that was not seen yet; None where it is only to be compiled."""
-        check_capture(self.__name__)
         call = specialised(self.function, args, keywords)
-        device = machine or Device.of(torch.device("cuda", key[-1]))
-        made = kept(self.function, call, device)
+        index = key[-1]
+        whole = (*call.parts(), index)
+        if whole not in self._made:
+            check_capture(self.__name__)
+            device = machine or Device.of(torch.device("cuda", index))
+            made = kept(self.function, call, device)
+            self._made[whole] = None if machine else _load(made, call, shape, index)
         if len(self._known) >= _MOST:
             self._known.clear()
-        loaded = None
-        if machine is None:
-            passed = [t != "constexpr" for t in _leaves(tuple(call.signature.values()))]
-            order = [shape.places.index(i) for i in range(len(shape.places)) if passed[i]]
-            loaded = _load(made.manifest, made.data, order, key[-1])
-        self._known[key] = loaded
-        return loaded
+        self._known[key] = self._made[whole]
+        return self._made[whole]
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,16 +321,20 @@ def _parameters(ptx: str) -> int:
     return found.group(1).count(".param") if found else 0
 
 
-def _load(manifest: dict[str, Any], cubin: bytes, order: list[int], index: int) -> Loaded:
-    layout = struct.Struct("@N" + manifest["letters"] + "P" * manifest["scratch"])
+def _load(made: Any, call: Call, shape: _Shape, index: int) -> Loaded:
+    """A kernel of the cache on a device."""
+    m = made.manifest
+    layout = struct.Struct("@N" + m["letters"] + "P" * m["scratch"])
+    passed = [t != "constexpr" for t in _leaves(tuple(call.signature.values()))]
+    order = [shape.places.index(i) for i in range(len(shape.places)) if passed[i]]
     return Loaded(
-        function=driver.load(cubin, manifest["name"], manifest["shared"], index),
-        threads=manifest["threads"],
-        shared=manifest["shared"],
+        function=driver.load(made.data, m["name"], m["shared"], index),
+        threads=m["threads"],
+        shared=m["shared"],
         pack=layout.pack_into,
         order=_picker(order),
         size=layout.size - struct.calcsize("@N"),
-        scratch=(0,) * manifest["scratch"],
+        scratch=(0,) * m["scratch"],
     )
 
 

@@ -17,6 +17,7 @@ from cutemoe.commands.cases import Case, full_size, small_size
 from cutemoe.commands.clock import GraphClock, Rates
 from cutemoe.commands.table import table
 from cutemoe.errors import Unsupported
+from cutemoe.runtime.compile import build_count, build_seconds, load_count, load_seconds
 from cutemoe.runtime.device import Device
 
 REFERENCE = "reference"
@@ -149,6 +150,12 @@ def report(
         "rows": [plain(row) for row in rows],
         "refused": [asdict(r) for r in refusals],
         "ceilings": asdict(rates) if rates else None,
+        "kernels": {
+            "compiled": build_count(),
+            "seconds": round(build_seconds(), 3),
+            "loaded": load_count(),
+            "load_seconds": round(sum(load_seconds()), 3),
+        },
         "seconds": round(seconds, 1),
         "ok": bool(rows) and all(row.ok for row in rows),
     }
@@ -185,7 +192,8 @@ def text(
     if refused := _refusal_lines(refusals):
         parts.append("\n".join(["Not run here:", *refused]))
     good = sum(row.ok for row in rows)
-    parts.append(f"{good} of {len(rows)} rows ok in {seconds:.0f} s")
+    kernels = f"{build_count()} kernels compiled in {build_seconds():.1f} s, {load_count()} loaded"
+    parts.append(f"{good} of {len(rows)} rows ok in {seconds:.0f} s; {kernels}")
     return "\n\n".join(parts)
 
 

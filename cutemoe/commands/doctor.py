@@ -10,10 +10,12 @@ import torch
 
 import cutemoe
 from cutemoe.commands import machine
+from cutemoe.commands.cache import entries
 from cutemoe.commands.matrix import FAIL, INTERPRETER_NUMPY, MATRIX, OK, WARN, Requirement
 from cutemoe.commands.table import table
 from cutemoe.registry import OPS
 from cutemoe.runtime import settings
+from cutemoe.runtime.cache import Cache
 from cutemoe.runtime.device import Device
 
 TESTED_ARCH = 90
@@ -129,19 +131,26 @@ def gpu() -> Iterator[Finding]:
             yield Finding(OK, f"GPU {i}", text)
 
 
-def c_compiler() -> Iterator[Finding]:
-    """Triton builds its launcher with a C compiler at the first launch, and caches it."""
-    path, header = machine.c_compiler(), machine.python_header()
-    missing = [what for what, ok in (("C compiler", path), ("Python.h", header)) if not ok]
-    seen = path or "none"
-    if not torch.cuda.is_available():
-        yield Finding(OK, "C compiler", f"{seen}; not needed, nothing is launched on a GPU here")
-    elif missing:
-        text = f"no {' and no '.join(missing)}: Triton cannot build its launcher (install gcc and "
-        yield Finding(FAIL, "C compiler", text + "the headers of Python, or set CC)")
-    else:
-        text = f"{path}; needed once, Triton builds its launcher at the first launch"
-        yield Finding(OK, "C compiler", text)
+def kernel_cache() -> Iterator[Finding]:
+    """The folder of compiled kernels: whose it is, what is in it. No C compiler is needed."""
+    folder = settings.cache_dir()
+    if settings.no_jit():
+        yield Finding(OK, "CUTEMOE_NO_JIT", "a kernel that has to be compiled is an error")
+    if folder is None:
+        text = "CUTEMOE_CACHE_DIR is empty: every process compiles its kernels again"
+        yield Finding(WARN, "kernel cache", text)
+        return
+    kept = Cache(folder)
+    if (why := kept.trouble()) is not None:
+        yield Finding(WARN, "kernel cache", f"{why}; every process compiles its kernels again")
+        return
+    lines = entries(kept)
+    broken = sum(bool(line.broken) for line in lines)
+    size = sum(line.nbytes for line in lines) / 2**20
+    text = f"{len(lines)} kernels, {size:.1f} MB in {folder}"
+    if broken:
+        text += f"; {broken} broken, compiled again when needed (cutemoe cache verify)"
+    yield Finding(WARN if broken else OK, "kernel cache", text)
 
 
 def back_ends() -> Iterator[Finding]:
@@ -194,4 +203,4 @@ def exact_gemm(
     return x.to(device), w.to(device), offsets.to(device), expected.to(device)
 
 
-CHECKS = (versions, cute_dsl, gpu, c_compiler, back_ends, smoke)
+CHECKS = (versions, cute_dsl, gpu, kernel_cache, back_ends, smoke)

@@ -9,8 +9,6 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,28 +47,6 @@ def driver() -> str | None:
 def gpus() -> list[Any]:
     """Properties of every CUDA device torch sees."""
     return [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-
-
-def c_compiler() -> str | None:
-    """What Triton would build its launcher with, or None: CC, gcc, clang, or a function set for it.
-
-    CC is one word for Triton, a path or a name; "python -m something" is not found.
-    """
-    with contextlib.suppress(ImportError, AttributeError):
-        build = importlib.import_module("triton").knobs.build
-        if build.impl is not None:
-            return "triton.knobs.build.impl"
-        if build.cc:
-            return shutil.which(build.cc)
-    return shutil.which("gcc") or shutil.which("clang")
-
-
-def python_header() -> bool:
-    """Whether Python.h is installed where Triton's build looks for it."""
-    scheme = sysconfig.get_default_scheme()
-    # Debian's scheme names a local folder; the headers are in the usual one
-    scheme = "posix_prefix" if scheme == "posix_local" else scheme
-    return (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists()
 
 
 def dsl_flavour() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import cutemoe
 from cutemoe.commands import doctor, machine
 from cutemoe.commands.doctor import Finding
 from cutemoe.commands.matrix import FAIL, OK, WARN
+from cutemoe.runtime.cache import Cache
+from tests.runtime.objects import cubin
 
 LEVELS = {OK, WARN, FAIL}
 
@@ -24,7 +27,7 @@ def test_this_machine(capsys: Any) -> None:
     assert {f["level"] for f in findings} <= LEVELS
     assert report["ok"] == (code == 0) == all(f["level"] != FAIL for f in findings)
     subjects = {f["subject"] for f in findings}
-    assert {"python", "torch", "triton", "C compiler", "fused_moe", "gdn_verify"} <= subjects
+    assert {"python", "torch", "triton", "kernel cache", "fused_moe", "gdn_verify"} <= subjects
     assert "smoke test, reference" in subjects
     reference = next(f for f in findings if f["subject"] == "smoke test, reference")
     assert reference["level"] == OK
@@ -133,39 +136,28 @@ def test_gpus_by_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CPU build" in list(doctor.gpu())[-1].text
 
 
-@pytest.mark.parametrize(
-    ("available", "compiler", "header", "level", "text"),
-    [
-        (False, None, False, OK, "not needed"),
-        (True, "/usr/bin/gcc", True, OK, "needed once"),
-        (True, None, True, FAIL, "no C compiler"),
-        (True, "/usr/bin/gcc", False, FAIL, "no Python.h"),
-    ],
-)
-def test_the_c_compiler_counts_where_kernels_are_launched(
-    available: bool,
-    compiler: str | None,
-    header: bool,
-    level: str,
-    text: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(machine, "c_compiler", lambda: compiler)
-    monkeypatch.setattr(machine, "python_header", lambda: header)
-    (finding,) = doctor.c_compiler()
-    assert finding.level == level and text in finding.text
+def test_the_folder_of_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CUTEMOE_NO_JIT", raising=False)
 
+    def finding() -> Finding:
+        (found,) = doctor.kernel_cache()
+        return found
 
-def test_cc_is_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("CC", "python -m ziglang cc")
-    assert machine.c_compiler() is None
-    monkeypatch.setenv("CC", "sh")
-    assert (machine.c_compiler() or "").endswith("sh")
-    monkeypatch.delenv("CC")
-    monkeypatch.setenv("PATH", "")
-    assert machine.c_compiler() is None
+    monkeypatch.setenv("CUTEMOE_CACHE_DIR", "")
+    assert finding().level == WARN and "is empty" in finding().text
+    monkeypatch.setenv("CUTEMOE_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    assert finding().level == OK and "0 kernels" in finding().text
+    kept = Cache(tmp_path)
+    manifest = {"arch": "sm_90a", "parts": [], "kernel": "k", "seconds": 1.0}
+    kept.put("ab" * 32, cubin(90), manifest)
+    assert finding().level == OK and "1 kernels" in finding().text
+    (tmp_path / f"{'ab' * 32}.bin").write_bytes(b"")
+    assert finding().level == WARN and "1 broken" in finding().text
+    tmp_path.chmod(0o777)
+    assert finding().level == WARN and "chmod 700" in finding().text
+    monkeypatch.setenv("CUTEMOE_NO_JIT", "1")
+    assert levels(doctor.kernel_cache())["CUTEMOE_NO_JIT"] == OK
 
 
 def test_a_wrong_back_end_fails_the_smoke_test(monkeypatch: pytest.MonkeyPatch) -> None:
