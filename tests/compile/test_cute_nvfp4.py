@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
 import re
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +13,8 @@ from cutemoe.moe import cute_nvfp4_plan as plan
 from cutemoe.moe.cute_nvfp4_plan import FusedConfig, GemmConfig, Nvfp4Config, Tile
 from cutemoe.moe.problem import Problem
 from cutemoe.runtime.device import Device
+from tests.compile.cute_nvfp4 import ask
+from tests.compile.transplant import assembled, transplanted
 
 pytest.importorskip("cutlass")
 ARCHS = ("sm_90a", "sm_120a", "sm_121a")
@@ -46,44 +40,6 @@ KINDS: dict[str, dict[str, Any]] = {
 MOST = {16: 104, 32: 104, 64: 144, 128: 176}
 
 
-class Worker:
-    """A process that compiles; the tests' own has Triton's interpreter switched on."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("cute_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # an architecture for the import; every build names its own
-            env={
-                **os.environ,
-                "CUTE_DSL_KEEP": "cubin",
-                "CUTE_DSL_DUMP_DIR": tempfile.mkdtemp(prefix="cutemoe-cubin-"),
-                "CUTE_DSL_ARCH": "sm_90a",
-            },
-        )
-
-    def ask(self, build: str, config: Any, arch: str) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        request = {
-            "build": f"cutemoe.moe.cute_nvfp4_build:{build}",
-            "config": pickle.dumps(config).hex(),
-            "arch": arch,
-        }
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline() or '{"error": "the worker died"}')
-        if "error" in answer:
-            raise RuntimeError(f"{config} for {arch}: {answer['error']}")
-        return answer
-
-
-@cache
-def worker() -> Worker:
-    return Worker()
-
-
 def configuration(kind: str, arch: str) -> Nvfp4Config:
     """What a card of this architecture would run."""
     number = int(arch.strip("sm_a"))
@@ -102,7 +58,7 @@ def count(c: dict[str, Any], opcode: str) -> int:
 def test_gemms_compile_into_the_instruction_meant(kind, arch):
     config = configuration(kind, arch)
     for build, c in (("build_fc1", config.fc1), ("build_fc2", config.fc2)):
-        found = worker().ask(build, c, arch)
+        found = ask(build, c, arch)
         assert found["local_bytes"] == 0
         assert found["registers"] <= (MOST[c.tile.block_m] if arch != "sm_90a" else 176)
         assert c.tile.smem_bytes <= plan.SMEM_LIMIT
@@ -132,7 +88,7 @@ def test_the_other_kernels_compile_without_local_memory(kind, arch):
         ("build_combine", replace(config.rows, wide=False)),
     )
     for build, c in parts:
-        found = worker().ask(build, c, arch)
+        found = ask(build, c, arch)
         assert found["local_bytes"] == 0 and found["registers"] <= 64
 
 
@@ -141,19 +97,31 @@ def test_the_other_kernels_compile_without_local_memory(kind, arch):
 @pytest.mark.parametrize("kind", ["decode", "batch", "prefill", "long prefill"])
 def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
     c = configuration(kind, arch)
-    found = worker().ask(
-        "build_fused", FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows, dynamic), arch
-    )
+    found = ask("build_fused", FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows, dynamic), arch)
     assert found["local_bytes"] == 0 and found["registers"] <= 232
     assert count(found, "HMMA" if arch == "sm_90a" else r"OMMA\S*") > 0
     assert count(found, r"ATOMG\S*|ATOM\S*|RED\S*") >= 4 + 2 * dynamic
     print(f"{kind} {dynamic} {arch}: {found['registers']} registers, {found['seconds']:.2f} s")
 
 
+@pytest.mark.parametrize("kind", ["decode", "prefill", "relu2"])
+def test_the_ptx_of_sm120_assembles_for_sm90_without_its_two_instructions(kind):
+    c = configuration(kind, "sm_120a")
+    whole = FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows)
+    parts = {"build_quantise": c.rows, "build_fc1": c.fc1, "build_fc2": c.fc2, "build_fused": whole}
+    for build, config in parts.items():
+        found = ask(build, config, "sm_120a")
+        text, mmas, conversions = transplanted(found["ptx"])
+        assert mmas == count(found, r"OMMA\S*")
+        assert (conversions > 0) == (build != "build_fc2")
+        assert not re.search(r"block_scale|e2m1|sm_120", text)
+        assert "0 bytes spill stores" in assembled(text)
+
+
 def test_sm_80_has_no_conversion_and_needs_none():
     config = configuration("decode", "sm_80")
     for build, c in (("build_quantise", config.rows), ("build_fc1", config.fc1)):
-        assert worker().ask(build, c, "sm_80")["local_bytes"] == 0
+        assert ask(build, c, "sm_80")["local_bytes"] == 0
 
 
 @pytest.mark.parametrize("tile", plan.TILES.values(), ids=str)
