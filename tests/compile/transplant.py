@@ -94,16 +94,13 @@ def _convert(m: re.Match[str]) -> str:
     high, low, to = m.groups()
     out = ["{ .reg .f32 a; .reg .pred z; .reg .b32 n, u, v;"]
     for source, code in ((low, "u"), (high, "v")):
-        out.append(
-            f"mov.b32 n, {source}; and.b32 n, n, 0x7fffffff; mov.b32 a, n; mov.u32 {code}, 0;"
-        )
+        out.append(f"mov.b32 n, {source}; and.b32 n, n, 0x7fffffff; mov.b32 a, n;")
+        out.append(f"mov.u32 {code}, 0;")
         for tie, compare in TIES:
             bits = struct.pack(">f", tie).hex().upper()
-            out.append(
-                f"setp.{compare}.f32 z, a, 0f{bits}; selp.u32 n, 1, 0, z; add.u32 {code}, {code}, n;"
-            )
-        out.append(
-            f"mov.b32 n, {source}; shr.u32 n, n, 28; and.b32 n, n, 8; or.b32 {code}, {code}, n;"
-        )
+            out.append(f"setp.{compare}.f32 z, a, 0f{bits}; selp.u32 n, 1, 0, z;")
+            out.append(f"add.u32 {code}, {code}, n;")
+        out.append(f"mov.b32 n, {source}; shr.u32 n, n, 28; and.b32 n, n, 8;")
+        out.append(f"or.b32 {code}, {code}, n;")
     out.append(f"shl.b32 v, v, 4; or.b32 {to}, u, v; }}")
     return " ".join(out)

@@ -1,7 +1,7 @@
 """The PTX that is shipped for sm_120a, run on SM90 with its two FP4 instructions replaced.
 
-Copies, addresses, barriers, order and epilogues are the compiler's for sm_120a; see
-tests/compile/transplant.py for what is not. Results equal those of the emulated kernels bit for bit.
+Copies, addresses, barriers, order and epilogues are the compiler's for sm_120a; what is not says
+tests/compile/transplant.py. Results equal those of the emulated kernels bit for bit.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ class Kernel:
     """A kernel from PTX, launched through the driver; arguments as the DSL's kernels take them."""
 
     def __init__(self, ptx: str) -> None:
-        from cuda.bindings import driver
+        import cuda.bindings.driver as driver
 
         self.driver = driver
         found = re.search(r"\.visible \.entry (\w+)\((.*?)\)", ptx, re.DOTALL)
         assert found is not None
         # bytes of every parameter
-        declared = re.findall(
-            r"\.param (?:\.align \d+ )?\.\w(\d+) \w+?(?:\[(\d+)\])?[,\s]", found[2]
-        )
+        parameter = r"\.param (?:\.align \d+ )?\.\w(\d+) \w+?(?:\[(\d+)\])?[,\s]"
+        declared = re.findall(parameter, found[2] + "\n")
         self.sizes = [int(length) if length else int(bits) // 8 for bits, length in declared]
         self.module = self.ok(driver.cuModuleLoadData(ptx.encode() + b"\0"))
         self.function = self.ok(driver.cuModuleGetFunction(self.module, found[1].encode()))
