@@ -25,14 +25,14 @@ class Worker:
             # an architecture for the import; every build names its own
             env={
                 **os.environ,
-                "CUTE_DSL_KEEP": "cubin",
+                "CUTE_DSL_KEEP": "ptx,cubin",
                 "CUTE_DSL_DUMP_DIR": tempfile.mkdtemp(prefix="cutemoe-cubin-"),
                 "CUTE_DSL_ARCH": "sm_90a",
             },
         )
 
     def ask(self, build: str, config: Any, arch: str) -> dict[str, Any]:
-        """Registers, local bytes, SASS and seconds of what build ("module:function") makes."""
+        """Registers, local bytes, SASS, PTX and seconds of what build ("module:function") makes."""
         assert self.process.stdin is not None and self.process.stdout is not None
         request = {"build": build, "config": pickle.dumps(config).hex(), "arch": arch}
         self.process.stdin.write(json.dumps(request) + "\n")

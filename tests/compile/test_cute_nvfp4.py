@@ -13,10 +13,10 @@ from cutemoe.moe import cute_nvfp4_plan as plan
 from cutemoe.moe.cute_nvfp4_plan import FusedConfig, GemmConfig, Nvfp4Config, Tile
 from cutemoe.moe.problem import Problem
 from cutemoe.runtime.device import Device
-from tests.compile.cute_harness import worker
+from tests.compile.cute_nvfp4 import ask
+from tests.compile.transplant import assembled, transplanted
 
 pytest.importorskip("cutlass")
-BUILD = "cutemoe.moe.cute_nvfp4_build:"
 ARCHS = ("sm_90a", "sm_120a", "sm_121a")
 NATIVE = "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"
 REAL = Problem(
@@ -58,7 +58,7 @@ def count(c: dict[str, Any], opcode: str) -> int:
 def test_gemms_compile_into_the_instruction_meant(kind, arch):
     config = configuration(kind, arch)
     for build, c in (("build_fc1", config.fc1), ("build_fc2", config.fc2)):
-        found = worker().ask(BUILD + build, c, arch)
+        found = ask(build, c, arch)
         assert found["local_bytes"] == 0
         assert found["registers"] <= (MOST[c.tile.block_m] if arch != "sm_90a" else 176)
         assert c.tile.smem_bytes <= plan.SMEM_LIMIT
@@ -88,7 +88,7 @@ def test_the_other_kernels_compile_without_local_memory(kind, arch):
         ("build_combine", replace(config.rows, wide=False)),
     )
     for build, c in parts:
-        found = worker().ask(BUILD + build, c, arch)
+        found = ask(build, c, arch)
         assert found["local_bytes"] == 0 and found["registers"] <= 64
 
 
@@ -97,19 +97,31 @@ def test_the_other_kernels_compile_without_local_memory(kind, arch):
 @pytest.mark.parametrize("kind", ["decode", "batch", "prefill", "long prefill"])
 def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
     c = configuration(kind, arch)
-    found = worker().ask(
-        "build_fused", FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows, dynamic), arch
-    )
+    found = ask("build_fused", FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows, dynamic), arch)
     assert found["local_bytes"] == 0 and found["registers"] <= 232
     assert count(found, "HMMA" if arch == "sm_90a" else r"OMMA\S*") > 0
     assert count(found, r"ATOMG\S*|ATOM\S*|RED\S*") >= 4 + 2 * dynamic
     print(f"{kind} {dynamic} {arch}: {found['registers']} registers, {found['seconds']:.2f} s")
 
 
+@pytest.mark.parametrize("kind", ["decode", "prefill", "relu2"])
+def test_the_ptx_of_sm120_assembles_for_sm90_without_its_two_instructions(kind):
+    c = configuration(kind, "sm_120a")
+    whole = FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows)
+    parts = {"build_quantise": c.rows, "build_fc1": c.fc1, "build_fc2": c.fc2, "build_fused": whole}
+    for build, config in parts.items():
+        found = ask(build, config, "sm_120a")
+        text, mmas, conversions = transplanted(found["ptx"])
+        assert mmas == count(found, r"OMMA\S*")
+        assert (conversions > 0) == (build != "build_fc2")
+        assert not re.search(r"block_scale|e2m1|sm_120", text)
+        assert "0 bytes spill stores" in assembled(text)
+
+
 def test_sm_80_has_no_conversion_and_needs_none():
     config = configuration("decode", "sm_80")
     for build, c in (("build_quantise", config.rows), ("build_fc1", config.fc1)):
-        assert worker().ask(BUILD + build, c, "sm_80")["local_bytes"] == 0
+        assert ask(build, c, "sm_80")["local_bytes"] == 0
 
 
 @pytest.mark.parametrize("tile", plan.TILES.values(), ids=str)

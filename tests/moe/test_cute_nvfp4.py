@@ -66,7 +66,8 @@ def test_variants_are_for_those_who_name_them():
         config = b.config(GOOD, RTX)
         assert config.style == style and config.ctas == RTX.sm_count
         assert replace(config, style="pipeline") == CUTE.config(GOOD, RTX)
-    assert "sm_120 or sm_121, whose MMA it emulates, got sm_90" in emulated.reason(GOOD, H200)
+    why = emulated.reason(GOOD, H200) or ""
+    assert "sm_120 or sm_121, whose MMA it emulates, got sm_90" in why
     assert emulated.reason(GOOD, SPARK) is None
     assert emulated.config(GOOD, RTX).fc1.arch == 90 and CUTE.config(GOOD, RTX).fc1.arch == 120
     assert emulated.reason(replace(GOOD, layout="rows"), RTX) is not None
@@ -132,12 +133,12 @@ def test_the_reference_runs_a_layer_that_was_packed_for_it():
     w13, w2 = (PackedWeight.of(w, layout=SM120) for w in (layer.w13, layer.w2))
     packed = replace(rows, w13=w13, w2=w2)
     r = draw.Routing(T=5, K=2, E=5, offset=0, pattern="skips", seed=1)
-    args = (r.ids(), r.weights(exact=True))
+    ids, weights = r.ids(), r.weights(exact=True)
     x, kwargs = exact_x(5, layer, 2), {"activation": SATURATED, "backend": "reference"}
     space = cutemoe.Workspace.for_moe(packed, 5, 2)
-    want = cutemoe.fused_moe(x, rows, *args, **kwargs)
-    assert_same(cutemoe.fused_moe(x, packed, *args, workspace=space, **kwargs), want)
-    why = cutemoe.explain("fused_moe", x, packed, *args, backend="triton")
+    want = cutemoe.fused_moe(x, rows, ids, weights, **kwargs)
+    assert_same(cutemoe.fused_moe(x, packed, ids, weights, workspace=space, **kwargs), want)
+    why = cutemoe.explain("fused_moe", x, packed, ids, weights, backend="triton")
     assert why.backend is None
 
 
@@ -192,15 +193,18 @@ def test_a_graph_replays_with_new_tokens_and_routing():
         r = draw.Routing(T=24, K=3, E=6, offset=0, pattern=draw.PATTERNS[seed], seed=seed)
         x = draw.normal((24, 256), seed + 9, torch.bfloat16)
         cases.append(GPU.put((x, r.ids(), r.weights())))
-    want = [cutemoe.fused_moe(c[0], moe, *c[1:], backend="cute_nvfp4") for c in cases]
+    want = [
+        cutemoe.fused_moe(x, moe, ids, weights, backend="cute_nvfp4") for x, ids, weights in cases
+    ]
     with Poison("cuda") as poison:
         inputs = [torch.empty_like(t).copy_(t) for t in cases[0]]
         space = poison.empty((cutemoe.Workspace.for_moe(moe, 24, 3).nbytes,), torch.uint8)
         out = poison.empty((24, 256), torch.bfloat16)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
+            x, ids, weights = inputs
             cutemoe.fused_moe(
-                inputs[0], moe, *inputs[1:], out=out, workspace=cutemoe.Workspace(space),
+                x, moe, ids, weights, out=out, workspace=cutemoe.Workspace(space),
                 backend="cute_nvfp4",
             )  # fmt: skip
         for _ in range(3):
@@ -212,11 +216,12 @@ def test_a_graph_replays_with_new_tokens_and_routing():
                 assert_same(out, y)
 
 
-def direct(layer, x, ids, weights, style, ctas, *, space=None, out=None, activation=SATURATED):
+def direct(layer, args, style, ctas, *, space=None, out=None, activation=SATURATED):
     """A call with a launch style and a number of CTAs of the test's choice."""
     from cutemoe.moe.cute_nvfp4_launch import run
 
     moe = layer.prepared(GPU)
+    x, ids, weights = args
     t, _ = api._tensors(x, moe, ids, weights, activation, out, space, "cute_nvfp4")
     problem = Problem.of(
         t, activations="nvfp4", gate_up=layer.gate_up, activation="swiglu", expert_offset=0,
@@ -238,13 +243,13 @@ def test_one_launch_gives_the_bits_of_the_pipeline(style, ctas, pattern, tokens)
     layer = random_layer("nvfp4", "nvfp4", E=6, H=544, I=208, seed=5, gate_up="interleaved")
     r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
     args = GPU.put((draw.normal((tokens, 544), 7, torch.bfloat16), r.ids(), r.weights()))
-    want = direct(layer, *args, "pipeline", 0)
+    want = direct(layer, args, "pipeline", 0)
     with Poison("cuda") as poison:
         size = cutemoe.Workspace.for_moe(layer.prepared(GPU), tokens, 3).nbytes
         space = cutemoe.Workspace(poison.empty((size,), torch.uint8))
         out = poison.empty(want.shape, want.dtype)
         for _ in range(3):
-            assert_same(direct(layer, *args, style, ctas, space=space, out=out), want)
+            assert_same(direct(layer, args, style, ctas, space=space, out=out), want)
 
 
 @pytest.mark.gpu
@@ -253,7 +258,7 @@ def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(style):
     layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
     r = draw.Routing(T=40, K=2, E=6, offset=0, pattern="skewed", seed=1)
     args = GPU.put((draw.normal((40, 256), 7, torch.bfloat16), r.ids(), r.weights()))
-    want = direct(layer, *args, "pipeline", 0)
+    want = direct(layer, args, "pipeline", 0)
     busy = torch.cuda.Stream()
     noise = torch.randn(2048, 2048, device="cuda")
     torch.cuda.synchronize()
@@ -262,7 +267,7 @@ def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(style):
             torch.cuda._sleep(3_000_000)
             for _ in range(8):
                 noise = (noise @ noise).clamp(-1, 1)
-        assert_same(direct(layer, *args, style, 0), want)
+        assert_same(direct(layer, args, style, 0), want)
     torch.cuda.synchronize()
 
 
