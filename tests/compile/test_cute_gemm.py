@@ -68,11 +68,11 @@ def test_compiles_into_registers_and_wgmma(weight, mean, kind):
 
 @pytest.mark.parametrize("mean", MEANS)
 def test_the_main_loop_keeps_its_budget(mean):
-    """Instructions a 4-bit weight of a lane: conversion 1.72, the whole loop at most 2.7."""
+    """Instructions a 4-bit weight of a lane: at most 2.62 (the goal is 2.6)."""
     config = Config("mxfp4", shipped("mxfp4", mean), **SWIGLU)
     weights = 64 * config.tile.blocks
     found = main_loop(worker().ask(BUILD, config, "sm_90a")["sass"], weights)
     convert = sum(found[name] for name in ("LOP3", "SHF", "HMUL2"))
     assert found["HMUL2"] == weights // 2
     print(f"mean {mean}: {sum(found.values()) / weights:.2f} a weight, {convert / weights:.2f} in")
-    assert sum(found.values()) / weights <= 2.7
+    assert sum(found.values()) / weights <= 2.62
