@@ -39,15 +39,11 @@ def copy_16(dst, src, nbytes):
     )
 
 
-class Ring:
-    """Stage and phase of a pipeline of `stages`, as every role counts them."""
-
-    @staticmethod
-    @cute.jit
-    def next(stage, phase, stages):
-        """The stage after this one."""
-        stage += 1
-        if stage == stages:
-            stage = Int32(0)
-            phase ^= 1
-        return stage, phase
+@cute.jit
+def advance(stage, phase, stages):
+    """The stage and phase after these in a pipeline of `stages`, as every role counts them."""
+    stage += 1
+    if stage == stages:
+        stage = Int32(0)
+        phase ^= 1
+    return stage, phase

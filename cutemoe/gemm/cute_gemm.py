@@ -4,7 +4,7 @@ Weights are the A operand of wgmma, 64 rows an instruction, decoded in registers
 dimension, so that a tile of few tokens wastes no tensor core rows. Persistent: CTA c takes work
 items c, c + grid, ..; an item is a tile of tokens of one expert and a block of weight rows.
 
-Roles    weights (1 warp, 1 lane at work) | tokens (1 or 3 warps) | math (1 or 2 warpgroups)
+Roles    weights (1 warp, 1 lane at work) | tokens (1 or 3 warps) | math (2 to 4 warpgroups)
 Pipes    full:  weights -> math by bytes of bulk copies and 1 arrival of their lane;
                 tokens -> math, 1 arrival of every warp, `lag` stages after its cp.async
          empty: math -> both, 1 arrival of every math warp
@@ -25,7 +25,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr, 
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
-from cutemoe.gemm.cute_async import Ring, bulk_copy, copy_16
+from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16
 from cutemoe.gemm.cute_decode import HOOKS
 from cutemoe.gemm.cute_epilogue import Epilogue
 from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
@@ -148,7 +148,7 @@ class ExpertGemm:
                                     full + stage,
                                     self.t.block_m <= 64,
                                 )
-                    stage, phase = Ring.next(stage, phase, self.stages)
+                    stage, phase = advance(stage, phase, self.stages)
             item += grid
 
     @cute.jit
@@ -198,7 +198,7 @@ class ExpertGemm:
                         cute.arch.cp_async_wait_group(lag)
                         oldest = self.arrive(full, oldest)
                     issued += 1
-                    stage, phase = Ring.next(stage, phase, self.stages)
+                    stage, phase = advance(stage, phase, self.stages)
             item += grid
         cute.arch.cp_async_wait_group(0)
         for _ in range(issued if issued < lag else Int32(lag)):
@@ -277,7 +277,7 @@ class ExpertGemm:
         for _ in range(units // STAGE_UNITS):
             self.stage(mma, acc, rA, rB, shared, full, empty, stage, phase, before, first, 2)
             before = stage
-            stage, phase = Ring.next(stage, phase, self.stages)
+            stage, phase = advance(stage, phase, self.stages)
         if units % STAGE_UNITS > 0:
             self.stage(mma, acc, rA, rB, shared, full, empty, stage, phase, before, first, 1)
             before = stage

@@ -13,7 +13,17 @@ from cutemoe.runtime.device import Device
 LAYOUT = "sm90_rs_w4"
 # shared memory that a CTA of sm_90 may have
 SMEM_BYTES = 232448
-MOST_ROWS = 128
+# most tokens that an expert can expect -> sizes of a tile
+ROWS = (
+    (6.5, (8, 16)),
+    (12.0, (8, 16, 24)),
+    (25.0, (16, 24, 32, 40)),
+    (33.0, (24, 32, 40, 48)),
+    (52.0, (40, 56, 72)),
+    (72.0, (56, 72, 88, 96)),
+    (100.0, (80, 96, 112, 128)),
+    (math.inf, (32, 64, 96, 128)),
+)
 # most tokens whose sums leave four warpgroups registers for the rest
 MOST_ROWS_OF_FOUR = 48
 # columns of a pipeline stage: two units of the weight layout
@@ -93,18 +103,13 @@ def refuse(weight: str, activations: str, layout: str) -> str | None:
 
 
 def choose_rows(mean: float) -> tuple[int, ...]:
-    """Sizes of a tile where experts can expect `mean` tokens, about as many as Poisson's.
+    """Sizes of a tile where experts can expect `mean` tokens.
 
-    Measured on one H200, 2026-11, h 4096 i 2048 e 256, FC1 and FC2 in us: at a mean of 96 (64, 96,
-    112, 128) 1568 and 882, (96, 128) 1652 and 932, (128,) 1707 and 954.
+    From two standard deviations of Poisson's law below the mean to two and a half above, and a
+    remainder where an expert needs several tiles; few sets, so that few kernels are compiled.
+    Measured on one H200, 2026-11: perf/notes/hopper_gemm.md.
     """
-    if mean > MOST_ROWS:
-        return (32, 64, 96, MOST_ROWS)
-    spread = math.sqrt(mean)
-    high = min(max(_up(mean + 2.5 * spread), 16), MOST_ROWS)
-    low = min(max(_up(mean - 2.0 * spread), 8), high)
-    step = max(_up((high - low) / 3), 8)
-    return tuple(sorted(range(high, low - 1, -step)))
+    return next((rows for most, rows in ROWS if mean <= most), ROWS[-1][1])
 
 
 def choose_tile(weight: str, rows: tuple[int, ...], blocks: float, device: Device) -> Tile:
@@ -131,11 +136,6 @@ def _deepest(weight: str, tile: Tile) -> Tile:
     one = Config(weight, tile).smem_bytes
     each = Config(weight, replace(tile, stages=2)).smem_bytes - one
     return replace(tile, stages=min(16, 1 + (SMEM_BYTES - one) // each))
-
-
-def _up(x: float) -> int:
-    """The next multiple of 8."""
-    return 8 * math.ceil(x / 8)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A token has the same bits whatever else is in its batch; random layers show any other order."""
 
 import pytest
-import torch
 
 import cutemoe
 from tests import strategies as draw
