@@ -1,4 +1,4 @@
-"""The command line: `cutemoe demo`, `doctor`, `compile` and `cache`; also `python -m cutemoe`."""
+"""The command line: `cutemoe demo`, `selftest`, `doctor`, `compile` and `cache`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cutemoe import __version__
 
 COMMANDS = {
     "demo": "run the layers of real models on every back end of this machine, checked and timed",
+    "selftest": "compare the FP4 instructions of SM120 and SM121 with their emulation, in one line",
     "doctor": "say what works on this machine, and why the rest does not",
     "compile": "compile the kernels of a preset ahead, for any architecture, without a GPU",
     "cache": "list, verify or clear the compiled kernels that are kept",

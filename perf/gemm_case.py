@@ -45,7 +45,7 @@ def random_weight(
 
 def ours(w: GemmWorkload, weight: oracle.Weight, backend: str) -> Run:
     """The call through the public API."""
-    prepared = cutemoe.prepare_grouped_gemm(weight, activations=w.activations)
+    prepared = cutemoe.prepare_grouped_gemm(weight, activations=w.activations, backend=backend)
 
     def run(
         x: torch.Tensor, offsets: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor

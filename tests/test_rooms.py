@@ -22,6 +22,7 @@ ROLES = {
     "routing": "problem",
     "workspace": "problem",
     "cute_plan": "choice",
+    "cute_nvfp4_plan": "choice",
 }
 # room -> rooms it may import besides itself
 MAY = {
@@ -31,11 +32,21 @@ MAY = {
     "runtime": {"errors"},
     "reference": {"formats", "errors", "problem"},
     "problem": {"formats", "layouts", "errors"},
-    "choice": {"problem", "errors", "runtime"},
+    "choice": {"problem", "layouts", "errors", "runtime"},
     "plan": {"problem", "errors", "runtime", "choice"},
     "api": {"problem", "plan", "formats", "layouts", "errors", "runtime"},
     "dsl": {"formats", "layouts", "errors", "runtime"},
-    "cute": {"dsl", "formats", "layouts", "errors", "runtime", "problem", "choice"},
+    # Triton kernels sort and combine for CuTe ones
+    "cute": {
+        "dsl",
+        "formats",
+        "layouts",
+        "errors",
+        "runtime",
+        "problem",
+        "choice",
+        "triton_kernels",
+    },
     "triton_kernels": {"formats", "layouts", "errors", "runtime", "problem"},
     "registry": {"errors", "runtime"},
     "public": {"errors", "formats", "layouts", "api", "problem", "registry"},

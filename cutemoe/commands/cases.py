@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -80,16 +80,30 @@ class MoECase:
         self.activation = cutemoe.SwiGLU(1.702, 1.0, 7.0) if gpt_oss else cutemoe.SwiGLU()
         self.method = "topk_softmax" if gpt_oss else "softmax_topk"
         self.layers = [self._layer(s, format, activations, gpt_oss, device) for _ in range(sets)]
-        self.moes = [
-            cutemoe.prepare_moe(
-                w.w13, w.w2, w.b13, w.b2, activations=activations, gate_up=w.gate_up
-            )
-            for w in self.layers
-        ]
-        self.workspace = cutemoe.Workspace.for_moe(self.moes[0], s.tokens, s.top_k)
+        self.activations = activations
+        self.prepared: dict[str, list[cutemoe.PreparedMoE]] = {}
+        moe = self._moes("reference")[0]
+        self.workspace = cutemoe.Workspace.for_moe(moe, s.tokens, s.top_k)
         self.x = torch.randn(s.tokens, s.hidden, device=device).to(torch.bfloat16)
         self.logits = torch.randn(sets, s.tokens, s.experts, device=device)
         self.out = torch.empty(sets, *self.x.shape, dtype=torch.bfloat16, device=device)
+
+    def _moes(self, backend: str) -> list[cutemoe.PreparedMoE]:
+        """The layers with their weights where a back end wants them."""
+        if backend not in self.prepared:
+            self.prepared[backend] = [
+                cutemoe.prepare_moe(
+                    w.w13,
+                    w.w2,
+                    w.b13,
+                    w.b2,
+                    activations=self.activations,
+                    gate_up=w.gate_up,
+                    backend=backend,
+                )
+                for w in self.layers
+            ]
+        return self.prepared[backend]
 
     @staticmethod
     def _layer(
@@ -107,7 +121,7 @@ class MoECase:
         ids, weights = cutemoe.route(self.logits[i], self.shape.top_k, method=self.method)
         return cutemoe.fused_moe(
             self.x,
-            self.moes[i],
+            self._moes(backend)[i],
             ids,
             weights,
             activation=self.activation,
@@ -131,14 +145,24 @@ class MoECase:
 
     def calls(self, backend: str) -> list[Callable[[], torch.Tensor]]:
         """Two calls a layer."""
-        n = len(self.moes)
+        n = len(self.layers)
         return [lambda i=i: self._run(backend, i % n) for i in range(2 * n)]
 
     def explain(self) -> Any:
-        """What `cutemoe.explain` says of the call."""
-        return cutemoe.explain(
-            self.op, self.x, self.moes[0], *self._routing, activation=self.activation
-        )
+        """Which back ends run the layer, each with weights in the layout that it asks for."""
+
+        def asked(backend: str) -> Any:
+            moe = self._moes(backend)[0]
+            args = (self.x, moe, *self._routing)
+            return cutemoe.explain(self.op, *args, activation=self.activation)
+
+        found = asked("reference")
+        reasons = []
+        for r in cutemoe.backends(self.op, self.device):
+            if r.reason is None:
+                r = next(x for x in asked(r.name).reasons if x.name == r.name)
+            reasons.append(r)
+        return replace(found, reasons=tuple(reasons))
 
     @property
     def work(self) -> Work:
@@ -148,7 +172,7 @@ class MoECase:
             ids, _ = cutemoe.route(logits, s.top_k, method=self.method)
             distinct += ids.unique().numel()
         w13, w2 = self.layers[0].w13, self.layers[0].w2
-        read = distinct / len(self.moes) * (w13.nbytes + w2.nbytes) / s.experts
+        read = distinct / len(self.layers) * (w13.nbytes + w2.nbytes) / s.experts
         return Work(read, 0.0, 6.0 * s.tokens * s.top_k * s.hidden * s.intermediate)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cutemoe.gemm import cute_plan
 from cutemoe.gemm.problem import GemmProblem
+from cutemoe.gemm.weight import SM120
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
+from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
 
 TRITON_WEIGHTS = {
@@ -40,10 +44,17 @@ def packed_layout(activations: str) -> str:
     return "sm80_w4_fp16" if activations == "fp16" else "sm80_w4_bf16"
 
 
-def weight_layout(activations: str, backend: str, device: Device) -> str:
-    """The layout of weights for the back end that will run them: packed for Triton."""
+def weight_layout(format: str, activations: str, backend: str, device: Device) -> str:
+    """The layout of weights for the back end that will run them: the first that takes them."""
+    # elsewhere these kernels emulate the MMA of SM120, and run only by name
+    named = backend.startswith("cute_nvfp4") or (backend == "auto" and device.arch in (120, 121))
+    if named and activations == "nvfp4" and cute_unavailable(device) is None:
+        return SM120
+    why = cute_plan.unavailable(device) or cute_plan.refuse_format(format, activations)
+    if backend in ("auto", "cute") and why is None:
+        return cute_plan.LAYOUT
     willing = triton_unavailable(device) is None and (backend == "triton" or device.type == "cuda")
-    return packed_layout(activations) if willing and backend != "reference" else "rows"
+    return packed_layout(activations) if willing and backend in ("auto", "triton") else "rows"
 
 
 def refuse_layout(layout: str, activations: str) -> str | None:
@@ -143,7 +154,33 @@ def choose_tile(form: WeightForm, block_m: int, outputs: int, device: Device) ->
     return GemmConfig(block_m, block_n, 128, 8 if wide else 4, 4 if block_m == 16 else 3)
 
 
+def configure_cute(problem: GemmProblem, device: Device) -> cute_plan.Tile:
+    """Tile of the CuTe kernel, from the rows that a group can expect."""
+    rows = cute_plan.choose_rows(problem.rows / problem.groups)
+    blocks = min(problem.rows, problem.groups) * math.ceil(problem.n / 64)
+    return cute_plan.choose_tile(problem.weight, rows, blocks, device)
+
+
+def refuse_cute(problem: GemmProblem, device: Device) -> str | None:
+    """Why the CuTe kernel does not run this problem, or None."""
+    why = cute_plan.refuse(problem.weight, problem.activations, problem.layout)
+    if why is not None:
+        return why
+    if problem.groups > MAX_GROUPS:
+        return f"groups <= {MAX_GROUPS}, got {problem.groups}"
+    if problem.rows > MAX_ROWS:
+        return f"rows <= {MAX_ROWS}, got {problem.rows}"
+    return None
+
+
 BACKENDS = (
+    Backend(
+        "cute",
+        "cutemoe.gemm.cute_launch:run",
+        cute_plan.unavailable,
+        refuse_cute,
+        configure_cute,
+    ),
     Backend(
         "triton",
         "cutemoe.triton_kernels.grouped_gemm:run",

@@ -87,6 +87,7 @@ def pack_checked(
     activations: str,
     device: torch.device | None,
     backend: str,
+    order: str = "plain",
 ) -> PackedWeight:
     """PackedWeight.of for the back end to come, after a look at the values of the scales."""
     if isinstance(w, QuantizedTensor) and w.device.type != "meta":
@@ -95,8 +96,9 @@ def pack_checked(
             raise invalid(argument, "scales that are finite and not negative", why)
     layout = "rows"
     if isinstance(w, (QuantizedTensor, torch.Tensor)):
-        layout = weight_layout(activations, backend, Device.of(device or w.device))
-    return PackedWeight.of(w, device=device, layout=layout, argument=argument)
+        format = w.format if isinstance(w, QuantizedTensor) else "dense"
+        layout = weight_layout(format, activations, backend, Device.of(device or w.device))
+    return PackedWeight.of(w, device=device, layout=layout, order=order, argument=argument)
 
 
 def check_dense(packed: PackedWeight, activations: str) -> None:

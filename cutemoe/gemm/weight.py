@@ -8,12 +8,16 @@ import torch
 
 from cutemoe.errors import invalid
 from cutemoe.formats import FORMATS, QuantizedTensor
-from cutemoe.layouts import sm80_w4
+from cutemoe.layouts import sm80_w4, sm90_rs_w4
+from cutemoe.layouts.sm120_block_scale import SM120_BLOCK_SCALE
 
 DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # layout -> type of the tensor core operands it is made for
 PACKED = {"sm80_w4_bf16": "bf16", "sm80_w4_fp16": "fp16"}
-LAYOUTS = ("rows", *PACKED)
+HOPPER = "sm90_rs_w4"
+# codes in rows, scales as the block-scaled MMA of SM120 reads them
+SM120 = "sm120_nvfp4"
+LAYOUTS = ("rows", *PACKED, HOPPER, SM120)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +31,13 @@ class PackedWeight:
             float8_e4m3fn, int4 bfloat16), fp8 float32 [G, N]; None if dense.
         factor: float32 [G], multiplies the accumulator; None is 1.
         format: "bf16", "fp16" (dense), "mxfp4", "nvfp4", "int4" or "fp8".
-        layout: where the bytes sit: "rows", row-major as in the checkpoint, or "sm80_w4_bf16" or
-            "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py), whose data, scale and factor differ.
+        layout: where the bytes sit: "rows", row-major as in the checkpoint; "sm80_w4_bf16" or
+            "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py), whose data, scale and factor differ;
+            "sm90_rs_w4" (sm90_rs_w4.py), whose scales are within data; or "sm120_nvfp4", whose
+            scale is in layout "sm120_block_scale".
         group_size: values of the last dimension that share a scale; None if dense or fp8.
         shape: (G, N, Kdim) of the values.
+        order: of the rows in layout "sm90_rs_w4": "plain", or how gates and ups were given.
     """
 
     data: torch.Tensor
@@ -40,6 +47,7 @@ class PackedWeight:
     layout: str
     group_size: int | None
     shape: tuple[int, int, int]
+    order: str = "plain"
 
     @staticmethod
     def of(
@@ -47,11 +55,13 @@ class PackedWeight:
         *,
         device: torch.device | str | None = None,
         layout: str = "rows",
+        order: str = "plain",
         argument: str = "w",
     ) -> PackedWeight:
         """Packs w [G, N, Kdim]; shares its memory where device and layout allow.
 
-        Weights that a packed layout cannot hold exactly stay in "rows".
+        Weights that a packed layout cannot hold exactly stay in "rows". `order` is that of gate and
+        up rows, which layout "sm90_rs_w4" brings together.
 
         Raises:
             InvalidCall: names `argument` where w is no such tensor.
@@ -65,7 +75,9 @@ class PackedWeight:
         shape = (w.shape[0], w.shape[1], w.shape[2])
         if isinstance(w, QuantizedTensor):
             rows = _pack_rows(w, shape, device, argument)
-            return rows if layout == "rows" else _pack_sm80(rows, layout)
+            if layout == SM120:
+                return _pack_sm120(rows)
+            return rows if layout == "rows" else _packed(rows, layout, order)
         if w.dtype not in DENSE:
             fix = "w.to(torch.bfloat16), or cutemoe.quantize"
             raise invalid(argument, "bfloat16 or float16 values", w.dtype, fix)
@@ -90,12 +102,25 @@ class PackedWeight:
 
     def unpack(self) -> QuantizedTensor | torch.Tensor:
         """The weights as given to `of`, scales of whole tensors expanded to its groups."""
+        if self.layout == HOPPER:
+            return sm90_rs_w4.unpack(
+                self.data,
+                self.factor,
+                format=self.format,
+                n=self.shape[1],
+                k=self.shape[2],
+                order=self.order,
+            )
         if self.scale is None:
             return self.data
         if self.layout == "rows":
             return QuantizedTensor(
                 self.data, self.scale, self.factor, format=self.format, group_size=self.group_size
             )
+        if self.layout == SM120:
+            groups, n, k = self.shape
+            scale = SM120_BLOCK_SCALE.unpack(self.scale, (groups, n, k // 16))
+            return QuantizedTensor(self.data, scale, self.factor, format=self.format)
         return sm80_w4.unpack(
             self.data,
             self.scale,
@@ -132,15 +157,29 @@ class PackedWeight:
         return q.dequantize(dtype)
 
 
-def _pack_sm80(w: PackedWeight, layout: str) -> PackedWeight:
+def _packed(w: PackedWeight, layout: str, order: str) -> PackedWeight:
     """Weights in rows -> packed, or as they are where the layout refuses them."""
     q = w.unpack()
     if not isinstance(q, QuantizedTensor) or q.device.type == "meta":
         return w
+    if layout == HOPPER:
+        if sm90_rs_w4.refuse(q, order) is not None:
+            return w
+        data, factor = sm90_rs_w4.pack(q, order)
+        return replace(w, data=data, scale=None, factor=factor, layout=layout, order=order)
     if sm80_w4.refuse(q, PACKED[layout]) is not None:
         return w
     data, scale, factor = sm80_w4.pack(q, PACKED[layout])
     return replace(w, data=data, scale=scale, factor=factor, layout=layout)
+
+
+def _pack_sm120(w: PackedWeight) -> PackedWeight:
+    """nvfp4 weights in rows -> their scales swizzled; others as they are."""
+    if w.format != "nvfp4" or w.scale is None:
+        return w
+    # copies of 16 bytes read the codes
+    data = w.data if w.data.data_ptr() % 16 == 0 else w.data.clone()
+    return replace(w, data=data, scale=SM120_BLOCK_SCALE.pack(w.scale), layout=SM120)
 
 
 def _pack_rows(

@@ -97,7 +97,7 @@ def pack_codes(data: torch.Tensor, bits: str) -> torch.Tensor:
         start = 0
         for step in steps(2 * half):
             block = code[..., start : start + 4 * step].unflatten(-1, (4, step))
-            words = _place(block, bits).flatten(-2)
+            words = place(block, bits).flatten(-2)
             out[g : g + chunk, :, 2 * start : 2 * (start + 4 * step)] = words
             start += 4 * step
     return out
@@ -109,14 +109,14 @@ def unpack_codes(packed: torch.Tensor, n: int, bits: str) -> torch.Tensor:
     blocks, start = [], 0
     for step in steps(k):
         words = packed[..., 2 * start : 2 * (start + 4 * step)].unflatten(-1, (ROWS, step))
-        blocks.append(_lift(words.to(torch.int32), bits).flatten(-2))
+        blocks.append(lift(words.to(torch.int32), bits).flatten(-2))
         start += 4 * step
     code = torch.cat(blocks, -1).flatten(1, 2)[:, :n]
     return e2m1.pack(code.to(torch.uint8))
 
 
-def _place(code: torch.Tensor, bits: str) -> torch.Tensor:
-    """int32 codes [..., 8, 4, step] -> int16 [..., 8, step]."""
+def place(code: torch.Tensor, bits: str) -> torch.Tensor:
+    """The bits of codes where a word wants them: int32 [..., 4, step] -> int16 [..., step]."""
     word = torch.zeros_like(code[..., 0, :])
     for i, places in enumerate(BITS[bits]):
         for b, place in enumerate(places):
@@ -125,8 +125,8 @@ def _place(code: torch.Tensor, bits: str) -> torch.Tensor:
     return torch.where(word >= 1 << 15, word - (1 << 16), word).to(torch.int16)
 
 
-def _lift(word: torch.Tensor, bits: str) -> torch.Tensor:
-    """int32 half-words [..., 8, step] -> int32 codes [..., 8, 4, step]."""
+def lift(word: torch.Tensor, bits: str) -> torch.Tensor:
+    """The inverse of `place`: int32 half-words [..., 8, step] -> int32 codes [..., 8, 4, step]."""
     codes = []
     for places in BITS[bits]:
         code = torch.zeros_like(word)
@@ -259,19 +259,40 @@ def pack(
     codes = pack_codes(w.data, "int4" if w.format == "int4" else compute)
     if w.format == "int4":
         return codes, pack_planes(w.scale.to(torch.float32), k, group), None
+    if w.format == "mxfp4" and compute == "fp16":
+        return codes, pack_scales(w.scale.to(torch.int32), k, group, 1, 7), None
+    x, factor = multipliers(w)
+    if w.format == "nvfp4":
+        return codes, pack_scales(x, k, group, 2, 4 if compute == "bf16" else 7), factor
+    return codes, pack_scales(x, k, group, 1, 7), factor
+
+
+def multipliers(w: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Bytes X int32 [G, N, K/group] of mxfp4 for bf16 or of nvfp4, and the factor float32 [G]."""
     if w.format == "nvfp4":
         x = _nvfp4_bytes(w.data.device)[w.scale.view(torch.uint8).to(torch.int64)]
         factor = w.global_scale
-        if factor is not None:
-            factor = factor.expand(w.shape[0]).contiguous()
-        return codes, pack_scales(x, k, group, 2, 4 if compute == "bf16" else 7), factor
+        return x, None if factor is None else factor.expand(w.shape[0]).contiguous()
     s = w.scale.to(torch.int32)
-    if compute == "fp16":
-        return codes, pack_scales(s, k, group, 1, 7), None
     over = (s.flatten(1).amax(1) - HIGH).clamp(min=0)
-    x = s - over[:, None, None] + REBASE
     factor = torch.exp2(over.to(torch.float32)) if bool(over.any()) else None
-    return codes, pack_scales(x, k, group, 1, 7), factor
+    return s - over[:, None, None] + REBASE, factor
+
+
+def scales_of(
+    x: torch.Tensor, factor: torch.Tensor | None, format: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The inverse of `multipliers`: block scales as in the checkpoint and global scale."""
+    if format == "nvfp4":
+        inverse = torch.zeros(256, dtype=torch.uint8, device=x.device)
+        inverse[_nvfp4_bytes(x.device)[:0x7F].to(torch.int64)] = torch.arange(
+            0x7F, dtype=torch.uint8, device=x.device
+        )
+        return inverse[x.to(torch.int64)].view(torch.float8_e4m3fn), factor
+    x = x - REBASE
+    if factor is not None:
+        x = x + torch.log2(factor).to(torch.int32)[:, None, None]
+    return x.to(torch.uint8), None
 
 
 def unpack(
@@ -292,18 +313,10 @@ def unpack(
         return QuantizedTensor(data, s, format=format, group_size=group_size)
     base = 4 if format == "nvfp4" and compute == "bf16" else 7
     x = unpack_scales(scale, n, k, group_size, base)
-    if format == "nvfp4":
-        inverse = torch.zeros(256, dtype=torch.uint8, device=codes.device)
-        inverse[_nvfp4_bytes(codes.device)[:0x7F].to(torch.int64)] = torch.arange(
-            0x7F, dtype=torch.uint8, device=codes.device
-        )
-        s = inverse[x.to(torch.int64)].view(torch.float8_e4m3fn)
-        return QuantizedTensor(data, s, factor, format=format, group_size=group_size)
-    if compute == "bf16":
-        x = x - REBASE
-        if factor is not None:
-            x = x + torch.log2(factor).to(torch.int32)[:, None, None]
-    return QuantizedTensor(data, x.to(torch.uint8), format=format, group_size=group_size)
+    if format == "mxfp4" and compute == "fp16":
+        return QuantizedTensor(data, x.to(torch.uint8), format=format, group_size=group_size)
+    s, over = scales_of(x, factor, format)
+    return QuantizedTensor(data, s, over, format=format, group_size=group_size)
 
 
 def _nvfp4_bytes(device: torch.device) -> torch.Tensor:

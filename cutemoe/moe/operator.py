@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cutemoe.errors import invalid
-from cutemoe.gemm.weight import PackedWeight
+from cutemoe.gemm.weight import HOPPER, PackedWeight
 from cutemoe.moe.plan import BACKENDS, ROUTE_BACKENDS
 from cutemoe.moe.prepare import PreparedMoE
 from cutemoe.moe.problem import Problem
@@ -113,12 +113,13 @@ def _call(
     pairs = zip(params, (alpha, beta, limit), strict=True)
     alpha_, beta_, limit_ = (number if tensor is None else tensor for tensor, number in pairs)
     shape13, shape2 = (experts, n13, hidden), (experts, hidden, inter)
+    order = gate_up if layout == HOPPER and n13 == 2 * inter else "plain"
     t = MoETensors(
         x=x,
         ids=ids,
         weights=weights,
         out=out,
-        w13=PackedWeight(data13, scale13, factor13, format, layout, group_size, shape13),
+        w13=PackedWeight(data13, scale13, factor13, format, layout, group_size, shape13, order),
         w2=PackedWeight(data2, scale2, factor2, format, layout, group_size, shape2),
         b13=b13,
         b2=b2,

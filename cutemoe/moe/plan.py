@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import gcd
+from typing import Any
 
-from cutemoe.gemm.plan import GemmConfig, WeightForm, choose_rows, choose_tile, refuse_weights
+from cutemoe.gemm import cute_plan
+from cutemoe.gemm.plan import WeightForm, choose_rows, choose_tile, refuse_weights
+from cutemoe.moe import cute_nvfp4_plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
+from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
 
 TRITON_WEIGHTS = {
@@ -25,16 +29,16 @@ MAX_ROWS = 2**31 - 1
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Tiles of both GEMMs of the Triton back end; both have the same rows.
+    """Tiles of both GEMMs; both have the same rows.
 
     Attributes:
         block_m: routed rows a tile, at least workspace.MIN_TILE_ROWS.
-        fc1, fc2: tiles of w13 and w2.
+        fc1, fc2: tiles of w13 and w2, GemmConfig of the Triton back end or Tile of the CuTe one.
     """
 
     block_m: int
-    fc1: GemmConfig
-    fc2: GemmConfig
+    fc1: Any
+    fc2: Any
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,30 @@ class RouteConfig:
 
 def refuse_triton(problem: Problem, device: Device) -> str | None:
     """Why the Triton kernels do not run this layer, or None."""
-    why = refuse_weights(problem, TRITON_WEIGHTS, "activations")
-    if why is not None:
-        return why
+    return refuse_weights(problem, TRITON_WEIGHTS, "activations") or _refuse_routing(problem)
+
+
+def refuse_cute(problem: Problem, device: Device) -> str | None:
+    """Why the CuTe kernels do not run this layer, or None."""
+    why = cute_plan.refuse(problem.weight, problem.activations, problem.layout)
+    return why or _refuse_routing(problem)
+
+
+def configure_cute(problem: Problem, device: Device) -> MoEConfig:
+    """Tiles for the CuTe kernels, from the rows and the experts that can be expected."""
+    p = problem
+    rows = cute_plan.choose_rows(p.tokens * p.top_k / p.experts)
+    share = min(p.top_k / p.experts, 1.0)
+    active = p.experts * (1.0 - (1.0 - share) ** p.tokens)
+    outputs = (p.intermediate * (2 if p.gated else 1), p.hidden)
+    fc1, fc2 = (
+        cute_plan.choose_tile(p.weight, rows, active * math.ceil(n / 64), device) for n in outputs
+    )
+    return MoEConfig(rows[-1], fc1, fc2)
+
+
+def _refuse_routing(problem: Problem) -> str | None:
+    """Why the kernels that sort and combine do not take this routing, or None."""
     if problem.top_k > MAX_TOP_K:
         return f"top_k <= {MAX_TOP_K}, got {problem.top_k}"
     if problem.experts > MAX_EXPERTS:
@@ -64,7 +89,7 @@ def configure_triton(problem: Problem, device: Device) -> MoEConfig:
     """Tiles for the Triton kernels, from the rows that an expert can expect."""
     p = problem
     rows = p.tokens * p.top_k
-    both = gcd(p.hidden, p.intermediate)
+    both = math.gcd(p.hidden, p.intermediate)
     form = WeightForm(p.weight, p.group_size, p.layout, p.activations, both)
     block_m = choose_rows(form, rows / p.experts, device)
     active = min(rows, p.experts)
@@ -88,6 +113,42 @@ def configure_route(problem: RouteProblem, device: Device) -> RouteConfig:
 
 
 BACKENDS = (
+    Backend(
+        "cute",
+        "cutemoe.moe.cute_launch:run",
+        cute_plan.unavailable,
+        refuse_cute,
+        configure_cute,
+    ),
+    Backend(
+        "cute_nvfp4",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure,
+    ),
+    # never first: variants of the one above, to name
+    Backend(
+        "cute_nvfp4_static",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure_static,
+    ),
+    Backend(
+        "cute_nvfp4_dynamic",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure_dynamic,
+    ),
+    Backend(
+        "cute_nvfp4_emulated",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse_emulated,
+        cute_nvfp4_plan.configure_emulated,
+    ),
     Backend(
         "triton",
         "cutemoe.triton_kernels.moe:run",

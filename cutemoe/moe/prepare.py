@@ -127,7 +127,8 @@ def prepare_moe(
     place = check_device(device)
     p2 = pack_checked(w2, "w2", activations, place, backend)
     place = p2.device if place is None else place
-    p13 = pack_checked(w13, "w13", activations, place, backend)
+    order = gate_up if _is_gated(w13, p2) else "plain"
+    p13 = pack_checked(w13, "w13", activations, place, backend, order)
     _check_pair(p13, p2, activations)
     if p13.layout != p2.layout:
         # a packed layout refused one of them
@@ -145,6 +146,11 @@ def prepare_moe(
         gate_up=gate_up,
         backend=backend,
     )
+
+
+def _is_gated(w13: QuantizedTensor | torch.Tensor, w2: PackedWeight) -> bool:
+    """w13 has two rows for each column of w2; whatever else it is, is checked later."""
+    return getattr(w13, "ndim", 0) == 3 and w13.shape[1] == 2 * w2.shape[2]
 
 
 def _check_pair(w13: PackedWeight, w2: PackedWeight, activations: str) -> None:

@@ -13,6 +13,9 @@ slots come last, at or beyond expert_start[E].
 | mid | [R, I] | FC1 activation in sorted order: bf16 or fp16; float32 if it is quantised |
 | midq | bf16 [R, I] | values of the quantised FC2 input |
 | xq_scale, midq_scale | float32 [T], [R] | row scales of fp8 |
+| xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_nvfp4: codes of nvfp4 in sorted order |
+| xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I] | and their block scales; there is no mid |
+| sync | int32 [4] | there too: counters of a cooperative launch |
 | y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
 """  # noqa: E501
 
@@ -25,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cutemoe.errors import invalid
-from cutemoe.gemm.weight import PackedWeight
+from cutemoe.gemm.weight import SM120, PackedWeight
 
 if TYPE_CHECKING:
     from cutemoe.moe.prepare import PreparedMoE
@@ -75,8 +78,12 @@ def layout(
     intermediate: int,
     activations: str,
     static_scale: bool,
+    codes: bool = False,
 ) -> Layout:
-    """Where every part sits. No part shrinks when tokens or top_k grow."""
+    """Where every part sits; `codes`: activations are kept as codes of nvfp4.
+
+    No part shrinks when tokens or top_k grow.
+    """
     rows = tokens * top_k
     i32, f32, bf16 = torch.int32, torch.float32, torch.bfloat16
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -85,7 +92,12 @@ def layout(
         "tiles": ((max_tiles(rows, experts), 3), i32),
         "tile_count": ((1,), i32),
     }
-    if activations in ("fp8", "nvfp4"):
+    if codes:
+        wanted["sync"] = ((4,), i32)
+        for name, width in (("xq", hidden), ("midq", intermediate)):
+            wanted[name] = ((rows, width // 2), torch.uint8)
+            wanted[f"{name}_scale"] = ((rows, -(-width // 64) * 4), torch.uint8)
+    elif activations in ("fp8", "nvfp4"):
         wanted["xq"] = ((rows if static_scale else tokens, hidden), bf16)
         wanted["mid"] = ((rows, intermediate), f32)
         wanted["midq"] = ((rows, intermediate), bf16)
@@ -114,6 +126,7 @@ def layout_of(problem: Problem) -> Layout:
         problem.intermediate,
         problem.activations,
         problem.static_scale,
+        problem.layout == SM120,
     )
 
 
@@ -158,6 +171,7 @@ class Workspace:
             moe.intermediate,
             moe.activations,
             moe.input_scale1 is not None,
+            moe.w13.layout == SM120,
         )
         return Workspace(torch.empty(plan.nbytes, dtype=torch.uint8, device=moe.device))
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,9 +14,11 @@ from cutemoe.gdn import cute_plan
 from cutemoe.gdn.cute_plan import Config
 from cutemoe.gdn.problem import Problem
 from cutemoe.runtime.device import Device
+from tests.compile.cute_harness import worker
 
 pytest.importorskip("cutlass")
 H200 = Device("cuda", 0, "H200", 90, 132, 232448, True)
+BUILD = "cutemoe.gdn.cute_build:build"
 ARCHS = ("sm_80", "sm_90a", "sm_120a")
 REAL = Problem(
     B=64, T=8, HQ=16, HV=32, DK=128, DV=128, slots=64, dtype="bfloat16", state="float32",
@@ -47,39 +43,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-class Worker:
-    """A process that compiles; the tests' own has Triton's interpreter switched on."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("cute_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # an architecture for the import; every build names its own
-            env={
-                **os.environ,
-                "CUTE_DSL_KEEP": "cubin",
-                "CUTE_DSL_DUMP_DIR": tempfile.mkdtemp(prefix="cutemoe-cubin-"),
-                "CUTE_DSL_ARCH": "sm_90a",
-            },
-        )
-
-    def ask(self, config: Config, arch: str) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"config": asdict(config), "arch": arch}) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline() or '{"error": "the worker died"}')
-        if "error" in answer:
-            raise RuntimeError(f"{config} for {arch}: {answer['error']}")
-        return answer
-
-
-@cache
-def worker() -> Worker:
-    return Worker()
-
-
 def configuration(kind: str, arch: str = "sm_90a") -> Config:
     """What is shipped for the kind of call, as complete as `cute_launch.complete` makes it."""
     problem = replace(REAL, **KINDS[kind])
@@ -96,7 +59,7 @@ def configuration(kind: str, arch: str = "sm_90a") -> Config:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_into_registers_and_tensor_cores(kind, arch):
     config = configuration(kind, arch)
-    c = worker().ask(config, arch)
+    c = worker().ask(BUILD, config, arch)
     # a cap on registers is the one thing that may spill, where it measured faster
     assert c["local_bytes"] <= (128 if config.blocks else 0) and c["registers"] <= 255
     if kind != "flush":
@@ -110,7 +73,7 @@ def test_compiles_into_registers_and_tensor_cores(kind, arch):
 
 def test_misaligned_tensors_compile():
     config = replace(configuration("verify"), wide=(False,) * 4, blocks=0)
-    assert worker().ask(config, "sm_90a")["local_bytes"] == 0
+    assert worker().ask(BUILD, config, "sm_90a")["local_bytes"] == 0
 
 
 @pytest.mark.parametrize(

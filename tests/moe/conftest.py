@@ -16,6 +16,8 @@ _GPU = pytest.mark.gpu
         Target("triton", "cpu"),
         pytest.param(Target("reference", "cuda"), marks=_GPU),
         pytest.param(Target("triton", "cuda"), marks=_GPU),
+        pytest.param(Target("cute", "cuda"), marks=_GPU),
+        pytest.param(Target("cute_nvfp4", "cuda"), marks=_GPU),
     ],
     ids=str,
 )

@@ -35,10 +35,11 @@ def test_every_combination_of_formats(target, format, activations, gate_up, rows
     assert_same(got, want.to(x.dtype))
 
 
+@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])
 @pytest.mark.parametrize("activation", EXACT, ids=str)
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "plain"])
-def test_every_exact_activation(target, activation, biases):
-    layer = exact_layer("mxfp4", gated=is_gated(activation), biases=biases)
+def test_every_exact_activation(target, format, activations, activation, biases):
+    layer = exact_layer(format, activations, gated=is_gated(activation), biases=biases)
     r = draw.Routing(T=9, K=3, E=5, offset=0, pattern="uniform", seed=1)
     x, ids, weights = exact_x(9, layer, 7), r.ids(), r.weights(exact=True)
     want = naive(layer, x, ids, weights, activation, exact=True)
@@ -58,8 +59,9 @@ def test_geglu_far_from_zero(target, approximate):
     assert_same(got, want.to(x.dtype))
 
 
-def test_parameters_of_each_expert(target):
-    layer = exact_layer("mxfp4")
+@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])
+def test_parameters_of_each_expert(target, format, activations):
+    layer = exact_layer(format, activations)
     activation = cutemoe.SwiGLU(
         alpha=torch.tensor([4096.0, 8192.0, 4096.0, 16384.0, 4096.0]),
         beta=torch.arange(5) / 4,
@@ -114,11 +116,13 @@ def test_quantised_activations_take_both_dtypes(target, activations, dtype):
     assert_same(got, want.to(dtype))
 
 
-@pytest.mark.parametrize("format", ["mxfp4", "bf16"])
+@pytest.mark.parametrize(
+    ("format", "activations"), [("mxfp4", "bf16"), ("bf16", "bf16"), ("nvfp4", "nvfp4")]
+)
 @settings(max_examples=draw.examples(0.7))
 @given(r=draw.routings(), seed=draw.seeds(), wide=st.booleans())
-def test_any_routing(target, format, r, seed, wide):
-    layer = exact_layer(format, E=r.E, seed=seed % 1000)
+def test_any_routing(target, format, activations, r, seed, wide):
+    layer = exact_layer(format, activations, E=r.E, seed=seed % 1000)
     x = exact_x(r.T, layer, seed)
     ids, weights = r.ids(torch.int64 if wide else torch.int32), r.weights(exact=True)
     want = naive(layer, x, ids, weights, SATURATED, offset=r.offset, exact=True)

@@ -164,7 +164,7 @@ def test_the_layer_keeps_a_back_end(monkeypatch):
 def test_back_ends_are_listed():
     for op in ("route", "fused_moe", "grouped_gemm"):
         names = [r.name for r in cutemoe.backends(op)]
-        assert names == ["triton", "reference"]
+        assert names[-2:] == ["triton", "reference"]
         assert cutemoe.backends(op)[-1].reason is None
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cutemoe import registry
+from cutemoe.gemm.cute_plan import Config, choose_rows, choose_tile
 from cutemoe.gemm.plan import weight_layout
 from cutemoe.moe import plan
 from cutemoe.moe.problem import Problem
@@ -53,7 +54,8 @@ ROUTE = RouteProblem(
     scale=1.0,
     dtype="fp32",
 )
-TRITON = plan.BACKENDS[0]
+TRITON = next(b for b in plan.BACKENDS if b.name == "triton")
+CUTE = next(b for b in plan.BACKENDS if b.name == "cute")
 
 
 @pytest.mark.parametrize(("weight", "activations"), SUPPORTED)
@@ -123,7 +125,11 @@ def test_every_routing_has_a_configuration(experts):
 @pytest.mark.parametrize(
     ("activations", "backend", "device", "layout"),
     [
-        ("bf16", "auto", H200, "sm80_w4_bf16"),
+        ("bf16", "auto", H200, "sm90_rs_w4"),
+        ("bf16", "cute", H200, "sm90_rs_w4"),
+        ("bf16", "triton", H200, "sm80_w4_bf16"),
+        ("bf16", "cute", A100, "rows"),
+        ("bf16", "auto", A100, "sm80_w4_bf16"),
         ("fp16", "auto", H200, "sm80_w4_fp16"),
         ("fp8", "triton", A100, "sm80_w4_bf16"),
         ("nvfp4", "auto", H200, "sm80_w4_bf16"),
@@ -136,9 +142,64 @@ def test_every_routing_has_a_configuration(experts):
     ],
 )
 def test_weights_sit_where_their_back_end_wants_them(activations, backend, device, layout):
-    assert weight_layout(activations, backend, device) == layout
+    pytest.importorskip("cutlass")
+    assert weight_layout("nvfp4", activations, backend, device) == layout
     problem = replace(GOOD, weight="nvfp4", activations=activations, layout=layout)
-    assert TRITON.refuse(problem, H200) is None
+    assert (CUTE if layout == "sm90_rs_w4" else TRITON).refuse(problem, H200) is None
+
+
+def test_int4_and_dense_weights_are_packed_for_triton():
+    for weight in ("int4", "dense"):
+        assert weight_layout(weight, "bf16", "auto", H200) == "sm80_w4_bf16"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"weight": "int4"}, "weights in one of mxfp4, nvfp4, got int4"),
+        ({"activations": "fp16"}, "activations 'bf16', got 'fp16'"),
+        ({"layout": "rows"}, "layout sm90_rs_w4, got 'rows'"),
+        ({"top_k": plan.MAX_TOP_K + 1}, "top_k <= 32, got 33"),
+        ({"experts": plan.MAX_EXPERTS + 1}, "experts <= 1024, got 1025"),
+    ],
+)
+def test_cute_says_why_not(changed, words):
+    problem = replace(GOOD, **({"layout": "sm90_rs_w4"} | changed))
+    assert words in (CUTE.refuse(problem, H200) or "")
+
+
+def test_cute_needs_hopper_and_triton():
+    pytest.importorskip("cutlass")
+    assert CUTE.reason(replace(GOOD, layout="sm90_rs_w4"), H200) is None
+    for device in (A100, BARE, Device("cpu", has_triton=True)):
+        assert CUTE.unavailable(device)
+
+
+@pytest.mark.parametrize("weight", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 1024, 4096, 100000])
+def test_cute_tiles_fit_the_card(tokens, weight):
+    config = CUTE.config(replace(GOOD, tokens=tokens, weight=weight, experts=128), H200)
+    assert config.fc1.rows == config.fc2.rows and config.block_m == config.fc1.block_m
+    for tile in (config.fc1, config.fc2):
+        assert tile.rows[0] >= MIN_TILE_ROWS and all(m % 8 == 0 for m in tile.rows)
+        assert tile.rows == tuple(sorted(set(tile.rows))) and len(tile.rows) <= 4
+        assert Config(weight, tile).smem_bytes <= H200.smem_bytes and tile.lag < tile.stages
+        load, math = tile.registers
+        assert load + tile.warpgroups * math <= 512 // tile.ctas
+
+
+@pytest.mark.parametrize(
+    ("mean", "rows"),
+    [(0.02, (8, 16)), (6, (8, 16)), (24, (16, 24, 32, 40)), (96, (80, 96, 112, 128)), (3000, None)],
+)
+def test_rows_of_a_tile_follow_the_tokens_of_an_expert(mean, rows):
+    assert choose_rows(mean) == (rows or (32, 64, 96, 128))
+
+
+def test_warpgroups_divide_the_blocks_evenly():
+    """One token of the headline shape, 6 experts of 64 blocks: 132 items of 3 blocks."""
+    assert choose_tile("mxfp4", (8, 16), 6 * 64, H200).warpgroups == 3
+    assert choose_tile("mxfp4", (8, 16), 200 * 64, H200).warpgroups == 4
 
 
 def test_every_op_is_found():

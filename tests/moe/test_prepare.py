@@ -7,6 +7,7 @@ import torch
 
 import cutemoe
 from cutemoe.gemm.weight import PACKED, PackedWeight
+from cutemoe.layouts import sm90_rs_w4
 from tests import strategies as draw
 from tests.close import assert_same
 from tests.moe.cases import COMBINATIONS, exact_layer, exact_weight, exact_x, random_layer
@@ -89,6 +90,30 @@ def test_packed_weights_unpack_to_what_was_packed(format, layout):
     one = packed.group(1)
     assert (one.layout, one.shape) == ("rows", (1, 40, 160))
     assert_same(one.data, w.data[1:2])
+
+
+@pytest.mark.parametrize("order", sm90_rs_w4.ORDERS)
+@pytest.mark.parametrize("format", sm90_rs_w4.SCALE_BYTES)
+def test_hopper_weights_unpack_to_what_was_packed(format, order):
+    spread = torch.exp2(draw.integers((E, 80, 1), 2, 9, torch.float32))
+    w = cutemoe.quantize(draw.normal((E, 80, 160), 1) * spread, format)
+    packed = PackedWeight.of(w, layout="sm90_rs_w4", order=order)
+    assert packed.layout == "sm90_rs_w4" and packed.data.shape[1:3] == (2, 3)
+    for back in (packed.unpack(), packed.in_rows().unpack()):
+        assert isinstance(back, cutemoe.QuantizedTensor)
+        assert_same(back.data, w.data)
+        assert_same(back.scale.view(torch.uint8), w.scale.view(torch.uint8))
+        assert_same(back.dequantize(), w.dequantize())
+    assert_same(packed.group(1).data, w.data[1:2])
+
+
+def test_hopper_rows_bring_gate_and_up_together():
+    at = sm90_rs_w4.row_order(64, "gate_up", torch.device("cpu"))
+    assert at is not None
+    assert at[:16].tolist() == [*range(8), *range(32, 40)] and sorted(at.tolist()) == [*range(64)]
+    pairs = sm90_rs_w4.row_order(64, "interleaved", at.device)
+    assert pairs is not None
+    assert pairs[:16].tolist() == [*range(0, 16, 2), *range(1, 16, 2)]
 
 
 @pytest.mark.parametrize("activations", ["bf16", "fp16", "fp8"])

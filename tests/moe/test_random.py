@@ -53,9 +53,10 @@ def test_every_combination_of_formats(target, format, activations):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("format", ["mxfp4", "fp16"])
-def test_every_activation(target, format, activation):
-    activations = "fp16" if format == "fp16" else "bf16"
+@pytest.mark.parametrize(
+    ("format", "activations"), [("mxfp4", "bf16"), ("fp16", "fp16"), ("nvfp4", "nvfp4")]
+)
+def test_every_activation(target, format, activations, activation):
     layer = random_layer(format, activations, gated=is_gated(activation), seed=9)
     r = draw.Routing(T=9, K=3, E=5, offset=0, pattern="uniform", seed=22)
     check(target, layer, activation, r, layer.dtype)
@@ -68,9 +69,16 @@ def test_static_fp8_scales(target, scale):
     check(target, layer, GPT_OSS, r, torch.float16)
 
 
-@pytest.mark.parametrize(("H", "I"), [(32, 32), (160, 96), (96, 288), (544, 64)])
-def test_widths_that_no_tile_divides(target, H, I):  # noqa: E741
-    layer = random_layer("mxfp4", H=H, I=I, seed=11)
+WIDTHS = [(32, 32), (160, 96), (96, 288), (544, 64)]
+
+
+@pytest.mark.parametrize(
+    ("format", "activations", "H", "I"),
+    [("mxfp4", "bf16", *w) for w in WIDTHS]
+    + [("nvfp4", "nvfp4", *w) for w in [*WIDTHS, (16, 16), (80, 48), (272, 144)]],
+)
+def test_widths_that_no_tile_divides(target, format, activations, H, I):  # noqa: E741
+    layer = random_layer(format, activations, H=H, I=I, seed=11)
     r = draw.Routing(T=19, K=2, E=5, offset=0, pattern="skewed", seed=24)
     check(target, layer, GPT_OSS, r, layer.dtype)
 
@@ -83,8 +91,9 @@ def test_int4_groups(target, group):
     check(target, Layer(w13, w2, activations="fp8"), cutemoe.SwiGLU(), r, torch.bfloat16)
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
-def test_rows_on_one_expert_around_a_tile(target, tokens):
-    layer = random_layer("mxfp4", E=3, seed=12)
+@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 65, 100, 300])
+def test_rows_on_one_expert_around_a_tile(target, format, activations, tokens):
+    layer = random_layer(format, activations, E=3, seed=12)
     r = draw.Routing(T=tokens, K=1, E=3, offset=0, pattern="one expert", seed=26)
     check(target, layer, GPT_OSS, r, layer.dtype)

@@ -12,6 +12,23 @@ from tests import strategies as draw
 from tests.close import assert_same, assert_within
 from tests.moe.cases import Target
 
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        Target("reference", "cpu"),
+        Target("triton", "cpu"),
+        pytest.param(Target("reference", "cuda"), marks=pytest.mark.gpu),
+        pytest.param(Target("triton", "cuda"), marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def target(request: pytest.FixtureRequest) -> Target:
+    """The back ends of routing."""
+    request.param.available()
+    return request.param
+
+
 METHODS = ("softmax_topk", "topk_softmax", "sigmoid", "grouped_sigmoid")
 GROUPS = {"n_group": 4, "topk_group": 2}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

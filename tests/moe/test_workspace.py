@@ -13,7 +13,7 @@ from tests.moe.cases import SATURATED, exact_layer, exact_x
 from tests.poison import Poison, kept
 
 KINDS = st.sampled_from([("bf16", False), ("fp16", False), ("fp8", False), ("fp8", True)])
-KINDS |= st.just(("nvfp4", True))
+KINDS |= st.sampled_from([("nvfp4", True), ("nvfp4", True, True)])
 
 
 @given(
@@ -63,6 +63,7 @@ def test_a_call_keeps_to_its_workspace_and_its_rows(target, format, activations,
     r = draw.Routing(T=tokens, K=2, E=5, offset=0, pattern="skips", seed=6)
     x, ids, weights = target.put((exact_x(tokens, layer, 2), r.ids(), r.weights(exact=True)))
     kwargs = {"activation": SATURATED, "backend": target.backend}
+    target.willing("fused_moe", x, moe, ids, weights, **kwargs)
     want = cutemoe.fused_moe(x, moe, ids, weights, **kwargs)
     size = cutemoe.Workspace.for_moe(moe, 5, 2).nbytes
     with Poison(target.device) as poison:
@@ -85,14 +86,16 @@ def test_the_message_says_how_many_bytes_are_needed():
         cutemoe.fused_moe(exact_x(3, layer, 1), moe, r.ids(), r.weights(), workspace=space)
 
 
+@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])
 @pytest.mark.parametrize("strides", ["x", "ids", "weights", "out"])
-def test_rows_may_have_any_stride(target, strides):
-    layer = exact_layer("mxfp4")
+def test_rows_may_have_any_stride(target, format, activations, strides):
+    layer = exact_layer(format, activations)
     moe = layer.prepared(target)
     r = draw.Routing(T=5, K=2, E=5, offset=0, pattern="uniform", seed=6)
     given_ = {"x": exact_x(5, layer, 2), "ids": r.ids(), "weights": r.weights(exact=True)}
     given_ = {name: target.put(t) for name, t in given_.items()}
     kwargs = {"activation": SATURATED, "backend": target.backend}
+    target.willing("fused_moe", moe=moe, **given_, **kwargs)
     want = cutemoe.fused_moe(moe=moe, **given_, **kwargs)
     with Poison(target.device) as poison:
         given_["out"] = torch.empty_like(want)

@@ -1,0 +1,1 @@
+"""CuTe device vocabulary: what kernels of more than one shape say to the machine."""

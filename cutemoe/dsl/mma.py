@@ -1,0 +1,119 @@
+# pyright: reportAttributeAccessIssue=false
+"""The NVFP4 block-scaled MMA m16n8k64 as a policy: the instruction, or the same from fp16 MMAs.
+
+Both take the same registers. Lane 4 g + t holds, of A [16, 64], B [64, 8] and their scales:
+
+| register | holds |
+|---|---|
+| a0, a1, a2, a3 | 8 codes of row g, g + 8, g, g + 8 from k = 8 t (a0, a1) and 32 + 8 t (a2, a3) |
+| b0, b1 | 8 codes of column g from k = 8 t and 32 + 8 t |
+| sfa | 4 scales of row g + 8 t, one byte a block of 16 k; lanes t = 0 and 1 count |
+| sfb | 4 scales of column g; lane t = 0 counts |
+| c0..c3 | sums (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1) |
+
+The order of k is free as long as A and B agree. So one m16n8k16 takes the codes 0, 4, 1, 5 or
+2, 6, 3, 7 of words 0 or 1 as its k, four make the instruction, and no code moves between lanes;
+scales come by shuffles within the quad. A code times a scale has 6 significant bits, from 2^-10 to
+2688: exact in fp16. Products are exact in float32; only the order of sums differs.
+"""
+
+import cutlass.cute as cute
+from cutlass import Float32, Uint32
+
+from cutemoe.dsl.codec import Codec, mul_f16x2
+
+# the e2m1 exponent bias is 1, that of fp16 15: codes placed into fp16 are 2^14 too small
+_REBIAS = 0x74007400
+
+
+def block_scaled_mma(arch: int):
+    """The policy for a target: 10 * major + minor of its compute capability."""
+    return NativeMma() if arch in (120, 121) else EmulatedMma(arch)
+
+
+class NativeMma:
+    """mma.sync kind::mxf4nvf4 of sm_120a and sm_121a."""
+
+    native = True
+
+    def a(self, words, scales):
+        """Operand A of one step: its four words and the scale word."""
+        return (*words, scales)
+
+    def b(self, words, scales):
+        """Operand B of one step: its two words and the scale word."""
+        return (*words, scales)
+
+    def mma(self, acc, a, b):
+        """acc [4] += A B."""
+        d = cute.arch.inline_ptx(
+            "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col"
+            ".f32.e2m1.e2m1.f32.ue4m3 {{$w0}, {$w1}, {$w2}, {$w3}}, "
+            "{{$r0}, {$r1}, {$r2}, {$r3}}, {{$r5}, {$r6}}, {{$r8}, {$r9}, {$r10}, {$r11}}, "
+            "{{$r4}}, {0, 0}, {{$r7}}, {0, 0};",
+            write_only_types=[Float32] * 4,
+            read_only_args=[*a, *b, *(acc[i] for i in range(4))],
+        )
+        for i in range(4):
+            acc[i] = d[i]
+
+
+class EmulatedMma:
+    """Four mma.sync m16n8k16 of fp16 on scaled codes."""
+
+    native = False
+
+    def __init__(self, arch: int):
+        self.codec = Codec(arch)
+
+    def a(self, words, scales):
+        """Operand A of one step: four times the registers of m16n8k16."""
+        own, below = self._scales(scales, 0), self._scales(scales, 1)
+        steps = []
+        for half in range(2):
+            top, bottom = words[2 * half], words[2 * half + 1]
+            for q in (0, 2):
+                steps.append(
+                    [
+                        scaled_codes(word >> (4 * (q + i)), scale[half])
+                        for i in range(2)
+                        for word, scale in ((top, own), (bottom, below))
+                    ]
+                )
+        return steps
+
+    def b(self, words, scales):
+        """Operand B of one step: four times the registers of m16n8k16."""
+        own = self._scales(scales, 0)
+        return [
+            [scaled_codes(words[half] >> (4 * (q + i)), own[half]) for i in range(2)]
+            for half in range(2)
+            for q in (0, 2)
+        ]
+
+    def mma(self, acc, a, b):
+        """acc [4] += A B."""
+        for x, y in zip(a, b):
+            d = cute.arch.inline_ptx(
+                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, "
+                "{{$r6}, {$r7}, {$r8}, {$r9}};",
+                write_only_types=[Float32] * 4,
+                read_only_args=[*x, *y, *(acc[i] for i in range(4))],
+            )
+            for i in range(4):
+                acc[i] = d[i]
+
+    def _scales(self, word, t):
+        """fp16 pairs of the two scales that meet this lane's codes, from lane t of its quad."""
+        lane = cute.arch.lane_idx()
+        word = cute.arch.shuffle_sync(word, (lane & ~3) + t)
+        # k = 8 t of a half is in its block t / 2
+        word = word >> (Uint32(lane & 2) * Uint32(4))
+        return [self.codec.fp16_pair((word >> (16 * half)) & Uint32(0xFF)) for half in range(2)]
+
+
+def scaled_codes(word, scale):
+    """e2m1 codes in bits 0..3 and 16..19 of a word, times a scale twice in fp16, exact."""
+    x = ((word & Uint32(0x00070007)) << 9) | ((word & Uint32(0x00080008)) << 12)
+    return mul_f16x2(mul_f16x2(x, Uint32(_REBIAS)), scale)

@@ -1,0 +1,42 @@
+"""Compiles the Hopper kernel of a Config: the tensors it expects, and no tensor."""
+
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Uint8
+
+from cutemoe.gemm.cute_gemm import ExpertGemm
+from cutemoe.gemm.cute_plan import Config
+
+
+def build(c: Config, options: str = ""):
+    """The launchable kernel; see `ExpertGemm.__call__` for its arguments.
+
+    Launches go to the current stream of torch. `options` are further ones of cute.compile.
+    """
+    s = cute.sym_int
+    K, E, N, R, T = s(), s(), s(), s(), s()
+    x = _rows(BFloat16, (s(), K), 16)
+    w = _packed(Uint8, (E, s(), s(), c.unit), 128)
+    factor = _packed(Float32, (E,), 4) if c.factor else None
+    bias = _packed(Float32, (E, s()), 4) if c.bias else None
+    slots = _packed(Int32, (R,), 4) if c.gather or c.scatter else None
+    work = (slots, _packed(Int32, (T, 3), 4), _packed(Int32, (1,), 4))
+    out = _rows(BFloat16 if c.out == "bf16" else Float32, (s(), N), 2 if c.out == "bf16" else 4)
+    params = tuple(_packed(Float32, (E,), 4) if p else Float32(0.0) for p in c.params)
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(
+        ExpertGemm(c), x, w, factor, bias, work, out, params, Int32(1), Int32(1), stream,
+        options=f"--enable-tvm-ffi {options}".strip(),
+    )  # fmt: skip
+
+
+def _packed(dtype, shape, align):
+    """A contiguous tensor."""
+    return cute.runtime.make_fake_compact_tensor(
+        dtype, shape, stride_order=tuple(reversed(range(len(shape)))), assumed_align=align
+    )
+
+
+def _rows(dtype, shape, align):
+    """A tensor whose rows are contiguous and `align` bytes apart."""
+    stride = (cute.sym_int64(divisibility=max(align * 8 // dtype.width, 1)), 1)
+    return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=align)

@@ -1,0 +1,135 @@
+"""What becomes of the sums of the Hopper GEMM: multipliers, bias, activation, rows of the output.
+
+A lane 4 g + t of warp w holds, of a block of 64 packed rows and a tile of tokens, rows 16 w + g and
+16 w + g + 8 of tokens 8 i + 2 t and 8 i + 2 t + 1. In gated layers the two rows are gate and up of
+one output (layouts/sm90_rs_w4.py).
+"""
+
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int64, const_expr, range_constexpr
+
+from cutemoe.gemm.cute_plan import Config
+
+
+class Epilogue:
+    """Stores for one Config."""
+
+    def __init__(self, c: Config):
+        self.c = c
+        self.dtype = {"bf16": BFloat16, "fp32": Float32}[c.out]
+
+    @cute.jit
+    def store(self, acc, extras, slots, mO, params, where, block, power):
+        """acc: sums [64 rows, tokens] of each block of this warpgroup, `block` its first in the
+        CTA; where: expert, first sorted row, tokens, block of the CTA."""
+        factor, bias = extras
+        expert, first, n, cta = where
+        tid = cute.arch.thread_idx()[0] % 128
+        warp, g, t = tid // 32, tid % 32 // 4, tid % 4
+        multiplier = Float32(power)
+        if const_expr(self.c.factor):
+            multiplier = multiplier * factor[expert]
+        numbers = self.parameters(params, expert)
+        packed = (cta * self.c.tile.row_blocks + block) * 64 + warp * 16 + g
+        added = [self.bias(bias, expert, packed + 64 * b, mO) for b in range(len(acc))]
+        for i in range_constexpr(cute.size(acc[0]) // 4):
+            for c in range_constexpr(2):
+                token = 8 * i + 2 * t + c
+                if token < n:
+                    row = first + token
+                    if const_expr(self.c.scatter):
+                        row = slots[row]
+                    gO = mO[Int64(row), None]
+                    for b in range_constexpr(len(acc)):
+                        sums = [acc[b][c + 2 * h + 4 * i] * multiplier for h in range(2)]
+                        self.put(gO, packed + 64 * b, sums, added[b], numbers)
+
+    @cute.jit
+    def put(self, gO, packed, sums, added, numbers):
+        """One token: the two rows of a lane, or the output that they make."""
+        width = gO.shape[0]
+        if const_expr(self.c.bias):
+            sums = [s + a for s, a in zip(sums, added, strict=True)]
+        if const_expr(self.c.gated):
+            j = self.output(packed)
+            if j < width:
+                gO[j] = self.dtype(self.joined(sums[0], sums[1], numbers))
+        else:
+            for h in range_constexpr(2):
+                if packed + 8 * h < width:
+                    x = sums[h]
+                    if const_expr(self.c.activation == "relu2"):
+                        x = Float32(0.0) if x < 0.0 else x
+                        x = x * x
+                    gO[packed + 8 * h] = self.dtype(x)
+
+    def output(self, packed):
+        """Output of the gate at this packed row."""
+        return packed // 16 * 8 + packed % 8
+
+    @cute.jit
+    def bias(self, bias, expert, packed, mO):
+        """Bias of the two rows of a lane; 0 beyond the last."""
+        out = [Float32(0.0), Float32(0.0)]
+        width = mO.shape[1]
+        if const_expr(self.c.bias):
+            if const_expr(self.c.gated):
+                j = self.output(packed)
+                at = {
+                    "gate_up": (j, j + width),
+                    "up_gate": (j + width, j),
+                    "interleaved": (2 * j, 2 * j + 1),
+                }[self.c.order]
+                inside = (j < width, j < width)
+            else:
+                at = (packed, packed + 8)
+                inside = (packed < width, packed + 8 < width)
+            for h in range_constexpr(2):
+                if inside[h]:
+                    out[h] = bias[Int64(expert), at[h]]
+        return out
+
+    def parameters(self, params, expert):
+        """alpha, beta and limit of this expert."""
+        pairs = zip(params, self.c.params, strict=True)
+        return [p[expert] if tensor else p for p, tensor in pairs]
+
+    @cute.jit
+    def joined(self, gate, up, numbers):
+        """The activation of gate times up."""
+        alpha, beta, limit = numbers
+        if const_expr(self.c.activation == "swiglu"):
+            if const_expr(self.c.limit):
+                # comparisons, not minimum: NaN must stay NaN
+                gate = limit if gate > limit else gate
+                up = limit if up > limit else up
+                up = -limit if up < -limit else up
+            return gate * self.sigmoid(alpha * gate) * (up + beta)
+        return self.gelu(gate) * up
+
+    @cute.jit
+    def gelu(self, x):
+        """torch's gelu, with tanh or erf."""
+        if const_expr(self.c.activation == "geglu_tanh"):
+            # (1 + tanh(u)) / 2 = sigmoid(2 u), without cancellation
+            u = Float32(0.7978845608028654) * (x + Float32(0.044715) * (x * x * x))
+            return x * self.sigmoid(Float32(2.0) * u)
+        erf = cute.math.erf(x * Float32(0.7071067811865476))  # pyright: ignore
+        return Float32(0.5) * x * (Float32(1.0) + erf)
+
+    def sigmoid(self, x):
+        """1 / (1 + exp(-x)) from two approximate instructions, 2^-22; 0, 1/2 and 1 are exact."""
+        e = cute.arch.exp2(x * Float32(-1.4426950408889634))
+        return cute.arch.rcp_approx(Float32(1.0) + e)
+
+    @cute.jit
+    def zeros(self, mO, first, n, block):
+        """Zero rows of the output, the columns of this CTA."""
+        tid = cute.arch.thread_idx()[0] - 128
+        start, width = block * 64, mO.shape[1]
+        end = start + 64 * self.c.tile.row_blocks
+        end = end if end < width else width
+        for r in range(n):
+            gO = mO[Int64(first + r), None]
+            for j in range(start + tid, end, 128 * self.c.tile.warpgroups):
+                gO[j] = self.dtype(0.0)

@@ -1,0 +1,352 @@
+"""The mixed-input GEMM of both expert layers on SM90: weights times gathered rows of tokens.
+
+Weights are the A operand of wgmma, 64 rows an instruction, decoded in registers; tokens are its N
+dimension, so that a tile of few tokens wastes no tensor core rows. Persistent: CTA c takes work
+items c, c + grid, ..; an item is a tile of tokens of one expert and a block of weight rows.
+
+Roles    weights (1 warp, 1 lane at work) | tokens (1 or 3 warps) | math (2 to 4 warpgroups)
+Pipes    full:  weights -> math by bytes of bulk copies and 1 arrival of their lane;
+                tokens -> math, 1 arrival of every warp, `lag` stages after its cp.async
+         empty: math -> both, 1 arrival of every math warp
+Stage    128 columns: two units of the weight layout for every block of 64 rows, and the tile's
+         tokens K-major in swizzled rows of 128 bytes
+Per k    weights: wait empty, expect bytes, copy | tokens: wait empty, cp.async; wait for the
+         stage `lag` before, fence, arrive | math: wait full; for every 32 columns of a unit and
+         block: decode, wgmma, and wait until the one before is done, whose registers the next
+         decode takes; release the stage before
+Per item math: bias, activation, store, while the others are at the next items already
+
+Sums run over k in ascending order whatever the tile, so a token has the same bits in every batch.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.memory import SmemAllocator
+
+from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16
+from cutemoe.gemm.cute_decode import HOOKS
+from cutemoe.gemm.cute_epilogue import Epilogue
+from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
+from cutemoe.layouts.sm90_rs_w4 import CODE_BYTES
+
+# named barrier of the warps that load tokens
+_TOKENS = 1
+
+
+class ExpertGemm:
+    """out[row, j] = activation(factor * sum over k of w[expert, .., k] * x[row, k] + bias)."""
+
+    def __init__(self, c: Config):
+        self.c = c
+        self.t = c.tile
+        self.hook = HOOKS[c.weight]
+        self.epilogue = Epilogue(c)
+        self.stages = c.tile.stages
+        self.w_bytes, self.x_bytes = c.stage_bytes
+        # warps that load tokens: a lane has 16 bytes of a row of 256
+        self.loaders = 1 if self.t.block_m <= 32 else 3
+        self.threads = 128 * (self.t.warpgroups + 1)
+
+        @cute.struct
+        class Storage:
+            x: cute.struct.Align[cute.struct.MemRange[Uint8, self.stages * self.x_bytes], 1024]  # pyright: ignore
+            w: cute.struct.Align[cute.struct.MemRange[Uint8, self.stages * self.w_bytes], 128]  # pyright: ignore
+            full: cute.struct.MemRange[Int64, self.stages]  # pyright: ignore
+            empty: cute.struct.MemRange[Int64, self.stages]  # pyright: ignore
+            rows: cute.struct.MemRange[Int64, self.t.block_m]  # pyright: ignore
+
+        self.Storage = Storage
+
+    @cute.jit
+    def __call__(
+        self,
+        mX,
+        mW,
+        factor,
+        bias,
+        work,
+        mO,
+        params,
+        top_k: Int32,
+        ctas: Int32,
+        stream: cuda.CUstream,
+    ):
+        """x [.., K], w [E, row blocks, column blocks, unit], factor [E], bias [E, rows of w];
+        work: slots, tiles, count; params: alpha, beta, limit, each Float32 or [E]."""
+        self.kernel(mX, mW, (factor, bias), work, mO, params, top_k).launch(  # pyright: ignore
+            grid=[ctas, 1, 1],
+            block=[self.threads, 1, 1],
+            min_blocks_per_mp=self.t.ctas,
+            use_pdl=True,
+            preferred_smem_carveout=100,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, mX, mW, extras, work, mO, params, top_k):
+        shared = SmemAllocator().allocate(self.Storage)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        full, empty = shared.full.data_ptr(), shared.empty.data_ptr()  # pyright: ignore
+        if warp == 0:
+            with cute.arch.elect_one():
+                for s in range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(full + s, 1 + self.loaders)
+                    cute.arch.mbarrier_init(empty + s, 4 * self.t.warpgroups)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        if const_expr(not self.c.early):
+            cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        blocks = cute.ceil_div(mW.shape[1], self.t.row_blocks)
+        total = work[2][0] * blocks
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(self.t.registers[0])
+            if warp == 0:
+                self.load_weights(mW, work[1], shared, full, empty, blocks, total)
+            elif warp <= self.loaders:
+                self.load_tokens(mX, mW, work, shared, full, empty, blocks, total, top_k)
+        else:
+            cute.arch.setmaxregister_increase(self.t.registers[1])
+            self.multiply(mX, mW, extras, work, mO, params, shared, full, empty, blocks, total)
+
+    # ---- load
+
+    @cute.jit
+    def load_weights(self, mW, mT, shared, full, empty, blocks, total):
+        """Bulk copies of the row blocks of every item."""
+        stage, phase = Int32(0), Int32(1)
+        row_blocks, units = mW.shape[1], mW.shape[2]
+        unit = self.c.unit
+        lane = cute.arch.lane_idx()
+        item, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        base = mW.iterator.toint()
+        w = shared.w.data_ptr().toint()
+        while item < total:
+            tile = item // blocks
+            first = (item - tile * blocks) * self.t.row_blocks
+            expert = mT[tile, 0]
+            if expert >= 0:
+                src = base + (Int64(expert) * row_blocks + first) * Int64(units * unit)
+                have = row_blocks - first
+                have = have if have < self.t.row_blocks else Int32(self.t.row_blocks)
+                for u in range(0, units, STAGE_UNITS):
+                    n = units - u
+                    nbytes = (n if n < STAGE_UNITS else Int32(STAGE_UNITS)) * unit
+                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    if lane == 0:
+                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, have * nbytes)
+                        dst = w + stage * self.w_bytes
+                        for b in range_constexpr(self.t.row_blocks):
+                            if b < have:
+                                bulk_copy(
+                                    dst + b * STAGE_UNITS * unit,
+                                    src + Int64(b * units + u) * unit,
+                                    nbytes,
+                                    full + stage,
+                                    self.t.block_m <= 64,
+                                )
+                    stage, phase = advance(stage, phase, self.stages)
+            item += grid
+
+    @cute.jit
+    def load_tokens(self, mX, mW, work, shared, full, empty, blocks, total, top_k):
+        """cp.async of 16 bytes a lane; columns past K are 0, rows past the last are left as they
+        are: what wgmma makes of them is a column that nobody stores."""
+        slots, mT, _ = work
+        stage, phase = Int32(0), Int32(1)
+        # stages issued, and the oldest that math has not been told of
+        issued, oldest = Int32(0), Int32(0)
+        lag = self.t.lag
+        if const_expr(self.c.early):
+            cute.arch.griddepcontrol_wait()
+        K = mX.shape[1]
+        stages = cute.ceil_div(mW.shape[2], STAGE_UNITS)
+        threads = 32 * self.loaders
+        p = cute.arch.thread_idx()[0] - 32
+        chunk, r0 = p % 16, p // 16
+        atom = chunk // 8 * (self.t.block_m * 128)
+        item, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        base = mX.iterator.toint()
+        x = shared.x.data_ptr().toint() + atom
+        sRow = cute.make_tensor(shared.rows.data_ptr(), cute.make_layout(self.t.block_m))
+        while item < total:
+            tile = item // blocks
+            expert, first, n = mT[tile, 0], mT[tile, 1], mT[tile, 2]
+            if expert >= 0:
+                cute.arch.barrier(barrier_id=_TOKENS, number_of_threads=threads)
+                for r in range(p, n, threads):
+                    row = first + r
+                    if const_expr(self.c.gather):
+                        row = slots[row] // top_k
+                    sRow[r] = base + Int64(row) * Int64(mX.stride[0]) * 2
+                cute.arch.barrier(barrier_id=_TOKENS, number_of_threads=threads)
+                for s in range(stages):
+                    k = s * STAGE_COLUMNS + chunk * 8
+                    nbytes = Int32(16) if k < K else Int32(0)
+                    k = k if k < K else Int32(0)
+                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    dst = x + stage * self.x_bytes
+                    for r in range(r0, n, threads // 16):
+                        at = dst + r * 128 + ((chunk % 8) ^ (r % 8)) * 16
+                        copy_16(at, sRow[r] + Int64(k) * 2, nbytes)
+                    cute.arch.cp_async_commit_group()
+                    if issued >= lag:
+                        cute.arch.cp_async_wait_group(lag)
+                        oldest = self.arrive(full, oldest)
+                    issued += 1
+                    stage, phase = advance(stage, phase, self.stages)
+            item += grid
+        cute.arch.cp_async_wait_group(0)
+        for _ in range(issued if issued < lag else Int32(lag)):
+            oldest = self.arrive(full, oldest)
+
+    @cute.jit
+    def arrive(self, full, stage):
+        """This warp's tokens of the stage are there, for wgmma to read; the stage after it."""
+        # cp.async writes through the generic proxy, wgmma reads through another
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(full + stage)
+        stage += 1
+        return stage if stage < self.stages else Int32(0)
+
+    # ---- math
+
+    @cute.jit
+    def multiply(self, mX, mW, extras, work, mO, params, shared, full, empty, blocks, total):
+        """All items of this warpgroup, each with the width that its tokens need."""
+        mT = work[1]
+        done = Int32(0)
+        stages = cute.ceil_div(mW.shape[2], STAGE_UNITS)
+        item, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        last = total // blocks - 1
+        tile = item // blocks
+        at = tile if tile < last else last
+        at = at if at > 0 else Int32(0)
+        expert, first, n = mT[at, 0], mT[at, 1], mT[at, 2]
+        while item < total:
+            block = item - item // blocks * blocks
+            # of the next item, so that nobody waits for it
+            following = (item + grid) // blocks
+            at = following if following < last else last
+            after = (mT[at, 0], mT[at, 1], mT[at, 2])
+            if expert >= 0:
+                where = (expert, first, n, block)
+                for i in range_constexpr(len(self.t.rows)):
+                    low = self.t.rows[i - 1] if i > 0 else 0
+                    if n > low and n <= self.t.rows[i]:
+                        self.item(
+                            self.t.rows[i], mW, extras, work[0], mO, params, shared, full, empty,
+                            where, done,
+                        )  # fmt: skip
+                done += stages
+            elif const_expr(self.c.zero_tail):
+                self.epilogue.zeros(mO, first, n, block * self.t.row_blocks)
+            item += grid
+            expert, first, n = after
+
+    @cute.jit
+    def item(self, rows, mW, extras, slots, mO, params, shared, full, empty, where, done):
+        """Sums of one item and what becomes of them; `rows` is known at compile time."""
+        units = mW.shape[2]
+        op = warpgroup.MmaF16BF16Op(
+            BFloat16, Float32, (64, rows, 16), warpgroup.OperandSource.RMEM,
+            OperandMajorMode.K, OperandMajorMode.K,
+        )  # fmt: skip
+        mma = cute.make_tiled_mma(cute.make_mma_atom(op))
+        tid = cute.arch.thread_idx()[0] - 128
+        thr = mma.get_slice(tid % 128)
+        rB = mma.make_fragment_B(thr.partition_B(self.tokens(shared, rows)))
+        shape = thr.partition_shape_C((64, rows))
+        acc = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.t.blocks)]
+        for a in acc:
+            a.fill(0.0)
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+        fragment = thr.partition_shape_A((64, 32))
+        rA = [cute.make_rmem_tensor(fragment, BFloat16) for _ in range(2)]
+        first = tid // 128 * self.t.blocks
+        stage = done % self.stages
+        phase = (done // self.stages) & 1
+        before = Int32(-1)
+        for _ in range(units // STAGE_UNITS):
+            self.stage(mma, acc, rA, rB, shared, full, empty, stage, phase, before, first, 2)
+            before = stage
+            stage, phase = advance(stage, phase, self.stages)
+        if units % STAGE_UNITS > 0:
+            self.stage(mma, acc, rA, rB, shared, full, empty, stage, phase, before, first, 1)
+            before = stage
+        warpgroup.wait_group(0)
+        self.release(empty, before)
+        self.epilogue.store(acc, extras, slots, mO, params, where, first, self.hook.power)
+
+    def tokens(self, shared, rows):
+        """The stages of tokens as a B operand [rows, 128, stages]; a tile has its first rows."""
+        m = self.t.block_m
+        layout = cute.make_layout(
+            ((8, rows // 8), (64, 2), self.stages),
+            stride=((64, 512), (1, 64 * m), 128 * m),
+        )
+        ptr = cute.recast_ptr(shared.x.data_ptr(), cute.make_swizzle(3, 4, 3), dtype=BFloat16)
+        return cute.make_tensor(ptr, layout)
+
+    @cute.jit
+    def release(self, empty, stage):
+        """This warp has read the stage; -1 is none."""
+        if stage >= 0 and cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(empty + stage)
+
+    @cute.jit
+    def stage(self, mma, acc, rA, rB, shared, full, empty, stage, phase, before, first, units):
+        """One stage of `units` units; the last wgmma group is left in flight."""
+        cute.arch.mbarrier_wait(full + stage, phase)
+        step = 0
+        for u in range_constexpr(units):
+            for b in range_constexpr(self.t.blocks):
+                codes, multipliers = self.load(shared, stage, first + b, u)
+                for j in range_constexpr(2):
+                    self.decode(codes[2 * j : 2 * j + 2], multipliers[j], rA[step % 2])
+                    warpgroup.fence()
+                    for kk in range_constexpr(2):
+                        cute.gemm(
+                            mma, acc[b], rA[step % 2][None, None, kk],
+                            rB[None, None, 4 * u + 2 * j + kk, stage], acc[b],
+                        )  # fmt: skip
+                    warpgroup.commit_group()
+                    warpgroup.wait_group(1)
+                    if const_expr(step == 0):
+                        self.release(empty, before)
+                    step += 1
+
+    @cute.jit
+    def load(self, shared, stage, block, u):
+        """Code words and multipliers of a unit, rows g and g + 8 of this lane."""
+        tid = cute.arch.thread_idx()[0] % 128
+        warp, lane = tid // 32, tid % 32
+        start = stage * self.w_bytes + (block * STAGE_UNITS + u) * self.c.unit
+        codes = self.words(shared, start + tid * 16, 4)
+        n = self.hook.words
+        scales = self.words(shared, start + CODE_BYTES + (warp * 8 + lane // 4) * 4 * n, n)
+        return codes, self.hook.multipliers(scales)
+
+    @cute.jit
+    def decode(self, codes, multiplier, rA):
+        """Two A fragments of k16 from the words of rows g and g + 8."""
+        rU = cute.recast_tensor(rA, Uint32)
+        for h in range_constexpr(2):
+            pairs = self.hook.pairs(codes[h], multiplier, h)
+            for i in range_constexpr(4):
+                rU[h + 2 * i] = pairs[i]
+
+    def words(self, shared, offset, n):
+        """n neighbouring words of the weights in shared memory, one load."""
+        ptr = cute.recast_ptr(shared.w.data_ptr() + offset, dtype=Uint32)
+        ptr = cute.make_ptr(Uint32, ptr.toint(), cute.AddressSpace.smem, assumed_align=4 * n)
+        r = cute.make_rmem_tensor((n,), Uint32)
+        cute.autovec_copy(cute.make_tensor(ptr, cute.make_layout(n)), r)
+        return [r[i] for i in range(n)]

@@ -1,0 +1,87 @@
+"""From validated tensors to launches of the Hopper kernel; the one launch that both ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cutemoe.gemm.cute_build import build
+from cutemoe.gemm.cute_plan import Config, Tile
+from cutemoe.gemm.problem import GemmProblem
+from cutemoe.gemm.tensors import GemmTensors
+from cutemoe.gemm.weight import PackedWeight
+from cutemoe.runtime.compile import compiled
+from cutemoe.runtime.device import Device
+from cutemoe.triton_kernels import sort
+
+kernel = compiled(build)
+
+
+def multiply(
+    tile: Tile,
+    tiles: int,
+    x: torch.Tensor,
+    w: PackedWeight,
+    out: torch.Tensor,
+    work: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
+    *,
+    bias: torch.Tensor | None = None,
+    params: tuple[Any, Any, Any] = (1.0, 0.0, None),
+    top_k: int = 1,
+    **given: Any,
+) -> None:
+    """Launches the kernel for at most `tiles` tiles of rows.
+
+    Args:
+        work: slots of the sorted rows, tiles and their count, as sort.py writes them.
+        params: alpha, beta and limit of the activation, numbers or float32 [E].
+        given: other fields of the kernel's Config.
+    """
+    config = Config(
+        w.format,
+        tile,
+        out="fp32" if out.dtype == torch.float32 else "bf16",
+        bias=bias is not None,
+        factor=w.factor is not None,
+        params=(_given(params[0]), _given(params[1]), _given(params[2])),
+        limit=params[2] is not None,
+        order=w.order,
+        **given,
+    )
+    slots, list_, count = work
+    if not (config.gather or config.scatter):
+        slots = None
+    device = Device.of(x.device)
+    blocks = -(-w.data.shape[1] // tile.row_blocks)
+    kernel(config)(
+        aligned(x), w.data, w.factor, bias, (slots, list_, count), out,
+        tuple(0.0 if p is None else p for p in params), top_k,
+        min(tiles * blocks, device.sm_count * tile.ctas),
+    )  # fmt: skip
+
+
+def _given(parameter: object) -> bool:
+    return isinstance(parameter, torch.Tensor)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x with rows that start at multiples of 16 bytes: itself, or else a copy."""
+    width = x.shape[1]
+    if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0:
+        return x
+    padded = torch.empty(x.shape[0], -(-width // 8) * 8, dtype=x.dtype, device=x.device)
+    return padded[:, :width].copy_(x)
+
+
+def run(problem: GemmProblem, tile: Tile, t: GemmTensors) -> None:
+    """The CuTe back end of `grouped_gemm`."""
+    if problem.rows == 0:
+        return
+    # rows of no group are one more group, and its tile writes zeros
+    groups = problem.groups + 1
+    most = min(groups, problem.rows) + problem.rows // tile.block_m
+    scratch = torch.empty(4 + 3 * most, dtype=torch.int32, device=t.x.device)
+    count, list_ = scratch[:1], scratch[4:].view(most, 3)
+    sort.sort_groups(t.offsets, problem.rows, tile.block_m, list_, count)
+    multiply(tile, most, t.x, t.w, t.out, (None, list_, count), zero_tail=True)

@@ -1,0 +1,167 @@
+# pyright: reportAttributeAccessIssue=false
+"""FC1 of a NVFP4 layer: GEMM, bias, activation, and the result as codes of nvfp4.
+
+Activation and quantisation happen on the float32 sums, in registers: a quad of lanes holds whole
+blocks of 16 outputs, so the greatest of a block is two shuffles away.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
+
+from cutemoe.dsl.codec import Codec, absolute_bits, divide
+from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
+from cutemoe.moe.cute_nvfp4_plan import GemmConfig
+
+
+class FC1(ExpertGemm):
+    """The kernel for one GemmConfig."""
+
+    def __init__(self, c: GemmConfig):
+        super().__init__(c)
+        self.codec = Codec(c.arch)
+        # 16 outputs: two pairs of gate and up, or two of 8 rows of w
+        self.per_block = 4 if c.gated else 2
+
+    @cute.jit
+    def __call__(
+        self,
+        operands: tuple,
+        tiles: tuple,
+        multipliers: tuple,
+        mBias,
+        params: tuple,
+        result: tuple,
+        programs: Int32,
+        stream: cuda.CUstream,
+    ):
+        """See `kernel`; `programs` is at least the live tiles times the blocks of outputs."""
+        self.kernel(operands, tiles, multipliers, mBias, params, result).launch(  # pyright: ignore
+            grid=[programs, 1, 1], block=[self.t.threads, 1, 1], min_blocks_per_mp=1, stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, operands, tiles, multipliers, mBias, params, result):
+        """mid = nvfp4(activation(x w13^T + b13)).
+
+        operands: xq [R, H/2], its scale words [R, H/64], w13 [E, N, H/2], its swizzled scale words;
+        tiles: (expert, first row, rows) [.., 3], count [1], sorted slots [R]; multipliers: of w13
+        [E] or None, of x [E], of mid [E]; params: alpha, beta, limit; result: codes [R, I/2] and
+        scales [R, 4 * ceil(I/64)].
+        """
+        program, _, _ = cute.arch.block_idx()
+        if program < self.programs(operands, tiles):
+            self.body(operands, tiles, multipliers, mBias, params, result, program, self.stages())
+
+    @cute.jit
+    def body(self, operands, tiles, multipliers, mBias, params, result, program, base):
+        """One tile of rows and block of outputs; base: address of shared memory."""
+        work = self.work(operands, tiles, program)
+        acc = self.sums()
+        self.multiply(operands, work, base, acc)
+        self.finish(acc, work, multipliers, mBias, params, result, self.n_out(operands))
+
+    @cute.jit
+    def finish(self, acc, work, multipliers, mBias, params, result, n_out):
+        """Bias, activation, quantisation; one block of 16 outputs of two rows at a time."""
+        mFactor, mX, mMid = multipliers
+        m = self.multiplier(mFactor, mX, work.expert)
+        g = divide(Float32(1.0), mMid[work.expert])
+        row, n0, t = self.position()
+        values = self.parameters(params, work.expert)
+        for q in range_constexpr(self.n_tiles // self.per_block):
+            first = self.per_block * q
+            j = work.j0 + (n0 + 8 * first) // (2 if const_expr(self.c.gated) else 1)
+            bias = self.biases(mBias, work.expert, j, t, n_out)
+            for i in range_constexpr(self.m_tiles):
+                for h in range_constexpr(2):
+                    x = []
+                    for p in range_constexpr(2):
+                        for e in range_constexpr(2):
+                            n = 2 * h + e
+                            if const_expr(self.c.gated):
+                                gate = acc[i][first + 2 * p][n] * m + bias[2 * p + e]
+                                up = acc[i][first + 2 * p + 1][n] * m + bias[4 + 2 * p + e]
+                                x.append(self.gated(gate, up, values))
+                            else:
+                                y = acc[i][first + p][n] * m + bias[2 * p + e]
+                                # a comparison keeps NaN
+                                y = Float32(0.0) if y < 0.0 else y
+                                x.append(y * y)
+                    self.store(x, g, row + 16 * i + 8 * h, j // 16, t, work, result, n_out)
+
+    def parameters(self, params, expert):
+        """alpha, beta and limit of the expert."""
+        c = self.c
+        each = zip(params, (c.alpha_e, c.beta_e, c.limit_e))
+        return [p[expert] if per_expert else p for p, per_expert in each]
+
+    @cute.jit
+    def biases(self, mBias, expert, j, t, n_out):
+        """Of this thread's four outputs of a block, then of their up rows; zeros where none."""
+        found = []
+        for up in range_constexpr(2 if self.c.gated else 1):
+            for p in range_constexpr(2):
+                for e in range_constexpr(2):
+                    if const_expr(self.c.bias):
+                        n = least(j + 8 * p + 2 * t + e, n_out - 1)
+                        if const_expr(self.c.gated):
+                            n = self.row_of(n, up, 2 * n_out)
+                        found.append(mBias[expert, n])
+                    else:
+                        found.append(Float32(0.0))
+        return found
+
+    @cute.jit
+    def gated(self, gate, up, values):
+        """The activation of a gate and an up sum."""
+        alpha, beta, limit = values
+        if const_expr(self.c.activation == "swiglu"):
+            if const_expr(self.c.limit):
+                # comparisons keep NaN
+                gate = limit if gate > limit else gate
+                up = limit if up > limit else up
+                up = -limit if up < -limit else up
+            y = gate * sigmoid(alpha * gate) * (up + beta)
+        elif const_expr(self.c.activation == "geglu_tanh"):
+            # (1 + tanh u) / 2 = sigmoid(2 u), without cancellation
+            u = 0.7978845608028654 * (gate + 0.044715 * (gate * gate * gate))
+            y = gate * sigmoid(2.0 * u) * up
+        else:
+            y = 0.5 * gate * (1.0 + cute.math.erf(gate * 0.7071067811865476)) * up
+        return y
+
+    @cute.jit
+    def store(self, x, g, row, block, t, work, result, n_out):
+        """Quantises a block of 16 outputs of a row, four of them in each lane of a quad."""
+        mQ, mS = result
+        amax = absolute_bits(x[0])
+        for i in range_constexpr(3):
+            other = absolute_bits(x[i + 1])
+            amax = other if other > amax else amax
+        for s in range_constexpr(2):
+            other = cute.arch.shuffle_sync_bfly(amax, offset=1 << s)
+            amax = other if other > amax else amax
+        scale, r = self.codec.block_scale(amax, g)
+        words = []
+        for p in range_constexpr(2):
+            word = self.codec.byte_of_codes(x[2 * p], x[2 * p + 1], r) << (8 * t)
+            for s in range_constexpr(2):
+                word = word | cute.arch.shuffle_sync_bfly(word, offset=1 << s)
+            words.append(word)
+        if row < work.rows:
+            at = Int64(work.first + row)
+            if block * 16 < n_out:
+                if t < 2:
+                    mQ[at, 2 * block + t] = Int32(words[0] if t == 0 else words[1])
+            else:
+                # what rounds a row up to whole scale words
+                scale = Uint32(0)
+            if t == 2 and block < mS.shape[1]:
+                mS[at, block] = Uint8(scale)
+
+
+@cute.jit
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return 1.0 / (1.0 + cute.math.exp(-x))

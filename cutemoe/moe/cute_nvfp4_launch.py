@@ -1,0 +1,162 @@
+"""From a validated layer call to the launches of the CuTe kernels.
+
+| stage | reads | writes |
+|---|---|---|
+| sort | ids | sorted_slots, expert_start, tiles, tile_count |
+| quantise | x by sorted_slots // K | xq and its scales, in sorted order |
+| FC1 | xq, w13 | midq and its scales, in sorted order |
+| FC2 | midq, w2 | y in slot order |
+| combine | y, weights | out |
+
+Style "pipeline" launches every stage; grids are bounds that the host knows, and CTAs beyond the
+live tiles exit. "static" and "dynamic" are one cooperative launch, after one that zeroes its
+counters. No synchronisation with the host.
+
+x is quantised for each slot, not for each token: multipliers may differ between experts, and sorted
+rows need no gather in FC1. y is float32 and in slot order, and not added up by atomics of FC2: the
+sum of a token has one order and one rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cutemoe.errors import Unsupported
+from cutemoe.moe.cute_nvfp4_build import (
+    build_combine,
+    build_fc1,
+    build_fc2,
+    build_fused,
+    build_quantise,
+    build_sort,
+)
+from cutemoe.moe.cute_nvfp4_plan import FusedConfig, Nvfp4Config, most_tiles
+from cutemoe.moe.problem import Problem
+from cutemoe.moe.tensors import MoETensors
+from cutemoe.moe.workspace import layout_of
+from cutemoe.runtime.compile import compiled
+
+sort = compiled(build_sort)
+quantise = compiled(build_quantise)
+fc1 = compiled(build_fc1)
+fc2 = compiled(build_fc2)
+combine = compiled(build_combine)
+fused = compiled(build_fused)
+
+
+def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
+    """The CuTe back end of `fused_moe` for NVFP4 weights and activations.
+
+    Raises:
+        Unsupported: the codes of the weights are not aligned to 16 bytes.
+        InvalidCall: a kernel is not compiled yet and a CUDA graph is being captured.
+    """
+    for name, weight in (("w13", t.w13), ("w2", t.w2)):
+        if weight.data.data_ptr() % 16:
+            raise Unsupported(f"{name}: back end 'cute_nvfp4' takes codes aligned to 16 bytes")
+    plan = layout_of(problem)
+    buffer = t.workspace
+    if buffer is None:
+        buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=t.x.device)
+    w = plan.views(buffer)
+    if config.style == "pipeline":
+        _pipeline(problem, complete(config, t), t, w)
+    else:
+        _fused(problem, complete(config, t), config.ctas, t, w)
+
+
+def complete(c: Nvfp4Config, t: MoETensors) -> FusedConfig:
+    """What the kernels are compiled for, with what only the tensors show."""
+    flat = t.ids.is_contiguous()
+    each = {
+        f"{name}_e": isinstance(getattr(t, name), torch.Tensor)
+        for name in ("alpha", "beta", "limit")
+    }
+    return FusedConfig(
+        sort=replace(c.sort, flat=flat),
+        quantise=replace(c.rows, flat=flat, wide=_aligned(t.x, 16)),
+        fc1=replace(c.fc1, factor=t.w13.factor is not None, **each),
+        fc2=replace(c.fc2, factor=t.w2.factor is not None),
+        combine=replace(c.rows, wide=_aligned(t.out, 8)),
+        dynamic=c.style == "dynamic",
+    )
+
+
+def _pipeline(problem: Problem, c: FusedConfig, t: MoETensors, w: dict[str, torch.Tensor]) -> None:
+    """One launch a stage."""
+    offset, experts, block_m = problem.expert_offset, problem.experts, c.fc1.tile.block_m
+    rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
+    tiles = (w["tiles"], w["tile_count"], w["sorted_slots"])
+    xq, mid = _codes(w, "xq"), _codes(w, "midq")
+    most = most_tiles(problem, block_m)
+    sort(c.sort)(t.ids, rows, offset, experts, block_m)
+    quantise(c.quantise)(t.x, t.ids, rows[0], rows[1], t.input_scale1, xq[2], xq[1], offset)
+    fc1(c.fc1)(
+        (xq[0], xq[3], t.w13.data, _scales(t.w13.scale)),
+        tiles,
+        (t.w13.factor, t.input_scale1, t.input_scale2),
+        t.b13,
+        _params(t),
+        (mid[2], mid[1]),
+        most * -(-problem.intermediate // c.fc1.outputs),
+    )
+    fc2(c.fc2)(
+        (mid[0], mid[3], t.w2.data, _scales(t.w2.scale)),
+        tiles,
+        (t.w2.factor, t.input_scale2),
+        t.b2,
+        w["y"],
+        most * -(-problem.hidden // c.fc2.outputs),
+    )
+    combine(c.combine)(w["y"], t.ids, t.weights, t.out, offset, experts)
+
+
+def _fused(
+    problem: Problem, c: FusedConfig, ctas: int, t: MoETensors, w: dict[str, torch.Tensor]
+) -> None:
+    """All stages in one launch."""
+    rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
+    w["sync"].zero_()
+    fused(c)(
+        (t.x, t.ids, t.weights, t.out, w["y"]),
+        rows,
+        _codes(w, "xq"),
+        (
+            t.w13.data,
+            _scales(t.w13.scale),
+            t.w13.factor,
+            t.input_scale1,
+            t.input_scale2,
+            t.b13,
+            _params(t),
+        ),
+        _codes(w, "midq"),
+        (t.w2.data, _scales(t.w2.scale), t.w2.factor, t.b2),
+        w["sync"],
+        (problem.expert_offset, problem.experts, c.fc1.tile.block_m),
+        ctas,
+    )
+
+
+def _params(t: MoETensors) -> tuple[Any, ...]:
+    """alpha, beta and limit of the activation; a limit that does not exist is not read."""
+    return t.alpha, t.beta, 0.0 if t.limit is None else t.limit
+
+
+def _codes(w: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, ...]:
+    """Codes and scales as bytes, then both as words."""
+    codes, scales = w[name], w[f"{name}_scale"]
+    return codes, scales, codes.view(torch.int32), scales.view(torch.int32)
+
+
+def _aligned(x: torch.Tensor, nbytes: int) -> bool:
+    """Every row of x starts at a multiple of nbytes."""
+    return x.data_ptr() % nbytes == 0 and x.stride(0) * x.element_size() % nbytes == 0
+
+
+def _scales(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Swizzled scales [E, ..] as int32 [E, words]."""
+    return None if x is None else x.view(torch.int32).flatten(1)

@@ -1,0 +1,251 @@
+"""What the CuTe kernels of NVFP4 layers run, and the configurations they are compiled for.
+
+They are made for SM120 and SM121: no TMA, no cluster, at most SMEM_LIMIT bytes of shared memory.
+On other cards from sm_80 on they run the same code with the block-scaled MMA emulated, slower than
+the Triton kernels, so a layer runs there only where it was prepared with backend="cute_nvfp4".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cutemoe.gemm.weight import SM120
+from cutemoe.moe.problem import Problem
+from cutemoe.runtime.device import Device
+
+# of a CTA on SM120 and SM121, less than on any other card that runs this but sm_86 and sm_89
+SMEM_LIMIT = 101376
+MAX_EXPERTS = 1024
+# cards that have the block-scaled MMA
+NATIVE = (120, 121)
+MAX_INDEX = 2**31 - 1
+# rows of w that a CTA multiplies
+BLOCK_N = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one CTA computes at once.
+
+    Attributes:
+        block_m: routed rows.
+        block_k: codes of a row that one stage of the pipeline holds, 128 or 256.
+        stages: depth of the pipeline.
+        warps_m, warps_n: warps along the rows and along BLOCK_N; each owns 32 or 64 rows of w.
+    """
+
+    block_m: int
+    block_k: int
+    stages: int
+    warps_m: int
+    warps_n: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def stage_bytes(self) -> int:
+        """Codes of both operands, and a scale word for every row and 64 codes."""
+        return (self.block_m + BLOCK_N) * (self.block_k // 2 + 4 * (self.block_k // 64))
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        return self.stages * self.stage_bytes
+
+
+TILES = {
+    16: Tile(16, 256, 4, 1, 4),
+    32: Tile(32, 256, 4, 2, 4),
+    64: Tile(64, 256, 3, 2, 4),
+    128: Tile(128, 128, 5, 4, 2),
+}
+
+
+# most routed rows, launch style
+STYLES = ((MAX_INDEX, "pipeline"),)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Everything FC1 or FC2 is compiled for.
+
+    Attributes:
+        arch: target, 10 * major + minor of the compute capability; chooses the MMA and conversions.
+        tile: what a CTA computes.
+        vector: bytes of codes copied at once: 16, or 8 where K is an odd multiple of 16.
+        factor, bias: the weights have a multiplier for each expert; a bias exists.
+        activation: "swiglu", "geglu", "geglu_tanh" or "relu2" (FC1), "none" (FC2).
+        order: rows of gate and up, "gate_up", "up_gate" or "interleaved".
+        alpha_e, beta_e, limit_e: the parameter has a value for each expert; limit: it exists.
+    """
+
+    arch: int
+    tile: Tile
+    vector: int = 16
+    factor: bool = True
+    bias: bool = False
+    activation: str = "none"
+    order: str = "gate_up"
+    alpha_e: bool = False
+    beta_e: bool = False
+    limit_e: bool = False
+    limit: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Two rows of w make an output."""
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a CTA."""
+        return BLOCK_N // 2 if self.gated else BLOCK_N
+
+
+@dataclass(frozen=True)
+class SortConfig:
+    """Everything the sorting kernel is compiled for.
+
+    Attributes:
+        ids: "int32" or "int64".
+        bins: local experts, rounded up to a power of two.
+        flat: the ids lie one after the other.
+    """
+
+    ids: str
+    bins: int
+    flat: bool = True
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Everything the kernels over rows of tokens, quantise and combine, are compiled for.
+
+    Attributes:
+        arch: as in GemmConfig.
+        dtype: of x and out, "bf16" or "fp16".
+        ids: "int32" or "int64".
+        flat: the ids lie one after the other.
+        wide: every row of x or out starts at a multiple of 16 bytes.
+    """
+
+    arch: int
+    dtype: str
+    ids: str
+    flat: bool = True
+    wide: bool = True
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """Everything the kernel of a whole layer is compiled for.
+
+    Attributes:
+        quantise, combine: of its ends.
+        dynamic: tiles of the GEMMs are taken from a counter.
+    """
+
+    sort: SortConfig
+    quantise: RowsConfig
+    fc1: GemmConfig
+    fc2: GemmConfig
+    combine: RowsConfig
+    dynamic: bool = False
+
+
+@dataclass(frozen=True)
+class Nvfp4Config:
+    """The kernels of a layer, but for what only the tensors show (`cute_nvfp4_launch`).
+
+    Attributes:
+        style: "pipeline", one launch a stage; "static" or "dynamic", one cooperative launch.
+        ctas: CTAs of a cooperative launch.
+    """
+
+    sort: SortConfig
+    rows: RowsConfig
+    fc1: GemmConfig
+    fc2: GemmConfig
+    style: str = "pipeline"
+    ctas: int = 1
+
+
+def refuse(problem: Problem, device: Device) -> str | None:
+    """Why the CuTe kernels do not run this layer, or None."""
+    p = problem
+    if p.layout != SM120:
+        return f"weights in layout {SM120!r}, got {p.layout!r} (prepare with backend='cute_nvfp4')"
+    if (p.weight, p.activations) != ("nvfp4", "nvfp4"):
+        return f"nvfp4 weights and activations, got {p.weight} and {p.activations}"
+    if p.experts > MAX_EXPERTS:
+        return f"local experts <= {MAX_EXPERTS}, got {p.experts}"
+    rows, n13 = p.tokens * p.top_k, p.intermediate * (2 if p.gated else 1)
+    programs = most_tiles(p, 16) * (-(-max(n13, p.hidden) // BLOCK_N))
+    if rows > MAX_INDEX or programs > MAX_INDEX:
+        return f"tokens * top_k, and tiles of a GEMM, <= {MAX_INDEX}, got {rows} and {programs}"
+    weights = max(n13, p.hidden) * max(p.hidden, p.intermediate)
+    if weights // 2 > MAX_INDEX:
+        return f"weights of an expert <= {MAX_INDEX} bytes, got {weights // 2}"
+    return None
+
+
+def configure(problem: Problem, device: Device) -> Nvfp4Config:
+    """The configuration for a problem; tiles by the rows that an expert can expect."""
+    p = problem
+    mean = p.tokens * p.top_k / p.experts
+    block_m = next((m for m, most in ((16, 16), (32, 32), (64, 96)) if mean <= most), 128)
+    arch, tile = device.arch, TILES[block_m]
+    bins = max(32, 1 << (p.experts - 1).bit_length())
+    return Nvfp4Config(
+        SortConfig(p.ids, bins),
+        RowsConfig(arch, p.dtype, p.ids),
+        GemmConfig(
+            arch,
+            tile,
+            vector=16 if p.hidden % 32 == 0 else 8,
+            bias=p.has_b13,
+            activation=p.activation,
+            order=p.gate_up if p.gated else "gate_up",
+            limit=p.has_limit,
+        ),
+        GemmConfig(arch, tile, vector=16 if p.intermediate % 32 == 0 else 8, bias=p.has_b2),
+        style_of(p.tokens * p.top_k),
+        device.sm_count,
+    )
+
+
+def configure_static(problem: Problem, device: Device) -> Nvfp4Config:
+    """One cooperative launch, tiles dealt out."""
+    return replace(configure(problem, device), style="static")
+
+
+def configure_dynamic(problem: Problem, device: Device) -> Nvfp4Config:
+    """One cooperative launch, tiles from a counter."""
+    return replace(configure(problem, device), style="dynamic")
+
+
+def refuse_emulated(problem: Problem, device: Device) -> str | None:
+    """Why the emulation does not run beside the instruction, or None."""
+    if device.arch not in NATIVE:
+        return f"sm_120 or sm_121, whose MMA it emulates, got sm_{device.arch}"
+    return refuse(problem, device)
+
+
+def configure_emulated(problem: Problem, device: Device) -> Nvfp4Config:
+    """The configuration that SM90 would run, on a card that has the instruction: to compare."""
+    return configure(problem, replace(device, arch=90))
+
+
+def style_of(rows: int) -> str:
+    """The launch style for that many routed rows."""
+    return next(style for most, style in STYLES if rows <= most)
+
+
+def most_tiles(problem: Problem, block_m: int) -> int:
+    """Most tiles of block_m rows that the routed rows can need, however they fall."""
+    rows = problem.tokens * problem.top_k
+    active = min(problem.experts, rows)
+    return active + (rows - active) // block_m

@@ -1,0 +1,157 @@
+# pyright: reportAttributeAccessIssue=false
+"""The ends of a NVFP4 layer: rows of x to codes in sorted order, and slots of y to tokens."""
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+from cutlass import (
+    BFloat16,
+    Float16,
+    Float32,
+    Int32,
+    Int64,
+    Uint8,
+    Uint32,
+    range_constexpr,
+)
+
+from cutemoe.dsl.codec import Codec, absolute_bits, divide
+from cutemoe.moe.cute_nvfp4_plan import RowsConfig
+
+DTYPES = {"bf16": BFloat16, "fp16": Float16}
+
+
+class Ids:
+    """Expert ids [T, K] by slot number, for a configuration with `flat`."""
+
+    def __init__(self, flat: bool):
+        self.flat = flat
+
+    def at(self, mIds, slot):
+        """The id of a slot."""
+        if self.flat:
+            return mIds.iterator[slot]
+        top_k = mIds.shape[1]
+        return mIds[slot // top_k, slot % top_k]
+
+
+class Quantise:
+    """The kernel for one RowsConfig: one CTA a sorted row, a thread a block of 16."""
+
+    def __init__(self, c: RowsConfig, threads: int = 128):
+        self.threads = threads
+        self.codec, self.ids, self.dtype = Codec(c.arch), Ids(c.flat), DTYPES[c.dtype]
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,
+        mIds: cute.Tensor,
+        mSlots: cute.Tensor,
+        mStart: cute.Tensor,
+        mScale: cute.Tensor,
+        mQ: cute.Tensor,
+        mS: cute.Tensor,
+        offset: Int32,
+        stream: cuda.CUstream,
+    ):
+        """x [T, H], ids [T, K], sorted slots [R], starts [E + 1], multipliers [E] -> codes as
+        words [R, H/8] and scales [R, 4 * ceil(H/64)] of the sorted rows."""
+        self.kernel(mX, mIds, mSlots, mStart, mScale, mQ, mS, offset).launch(  # pyright: ignore
+            grid=[cute.size(mSlots), 1, 1], block=[self.threads, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, mX, mIds, mSlots, mStart, mScale, mQ, mS, offset):
+        row, _, _ = cute.arch.block_idx()
+        if row < mStart[mStart.shape[0] - 1]:
+            self.row(mX, mIds, mSlots, mScale, mQ, mS, offset, row)
+
+    @cute.jit
+    def row(self, mX, mIds, mSlots, mScale, mQ, mS, offset, row):
+        """One live sorted row."""
+        tid, _, _ = cute.arch.thread_idx()
+        slot = mSlots[row]
+        expert = Int32(self.ids.at(mIds, slot)) - offset
+        g = divide(Float32(1.0), mScale[expert])
+        gX, at = mX[slot // mIds.shape[1], None], Int64(row)
+        for block in range(tid, mS.shape[1], self.threads):
+            scale = Uint32(0)
+            if block * 16 < mX.shape[1]:
+                scale = self.block(gX, mQ[at, None], block, g)
+            mS[at, block] = Uint8(scale)
+
+    @cute.jit
+    def block(self, gX, gQ, block, g):
+        """Codes of 16 numbers, stored; their scale byte, returned."""
+        rX = cute.make_rmem_tensor((16,), self.dtype)
+        cute.autovec_copy(cute.local_tile(gX, (16,), (block,)), rX)
+        amax = Uint32(0)
+        for i in range_constexpr(16):
+            bits = absolute_bits(Float32(rX[i]))
+            amax = bits if bits > amax else amax
+        scale, r = self.codec.block_scale(amax, g)
+        rQ = cute.make_rmem_tensor((2,), Int32)
+        for i in range_constexpr(2):
+            word = Uint32(0)
+            for j in range_constexpr(4):
+                low, high = Float32(rX[8 * i + 2 * j]), Float32(rX[8 * i + 2 * j + 1])
+                word = word | (self.codec.byte_of_codes(low, high, r) << (8 * j))
+            rQ[i] = Int32(word)
+        cute.autovec_copy(rQ, cute.local_tile(gQ, (2,), (block,)))
+        return scale
+
+
+class Combine:
+    """The kernel for one RowsConfig: the weighted sum over the slots of a token.
+
+    Float32, slots in ascending order, one rounding. A thread has four outputs.
+    """
+
+    def __init__(self, c: RowsConfig, threads: int = 128):
+        self.threads = threads
+        self.dtype = DTYPES[c.dtype]
+
+    @cute.jit
+    def __call__(
+        self,
+        mY: cute.Tensor,
+        mIds: cute.Tensor,
+        mW: cute.Tensor,
+        mO: cute.Tensor,
+        offset: Int32,
+        experts: Int32,
+        stream: cuda.CUstream,
+    ):
+        """y float32 [R, H] in slot order, ids and weights [T, K] -> out [T, H]."""
+        blocks = cute.ceil_div(cute.size(mO, mode=[1]), 4 * self.threads)
+        self.kernel(mY, mIds, mW, mO, offset, experts).launch(  # pyright: ignore
+            grid=[cute.size(mO, mode=[0]), blocks, 1], block=[self.threads, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, mY, mIds, mW, mO, offset, experts):
+        t, part, _ = cute.arch.block_idx()
+        self.part(mY, mIds, mW, mO, offset, experts, t, part)
+
+    @cute.jit
+    def part(self, mY, mIds, mW, mO, offset, experts, t, part):
+        """4 * threads outputs of one token."""
+        tid, _, _ = cute.arch.thread_idx()
+        quad = part * self.threads + tid
+        top_k = mIds.shape[1]
+        if quad * 4 < mO.shape[1]:
+            acc = cute.make_rmem_tensor((4,), Float32)
+            acc.fill(0.0)
+            rY = cute.make_rmem_tensor((4,), Float32)
+            for k in range(top_k):
+                expert = mIds[t, k]
+                if expert >= offset and expert < offset + experts:
+                    weight = mW[t, k]
+                    gY = mY[Int64(t) * top_k + k, None]
+                    cute.autovec_copy(cute.local_tile(gY, (4,), (quad,)), rY)
+                    for i in range_constexpr(4):
+                        acc[i] = acc[i] + weight * rY[i]
+            rO = cute.make_rmem_tensor((4,), self.dtype)
+            for i in range_constexpr(4):
+                rO[i] = self.dtype(acc[i])
+            cute.autovec_copy(rO, cute.local_tile(mO[t, None], (4,), (quad,)))

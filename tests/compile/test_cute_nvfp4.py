@@ -1,0 +1,145 @@
+"""Every kernel of NVFP4 layers compiles for SM90, SM120 and SM121, without a GPU."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cutemoe.errors import Unsupported
+from cutemoe.moe import cute_nvfp4_plan as plan
+from cutemoe.moe.cute_nvfp4_plan import FusedConfig, GemmConfig, Nvfp4Config, Tile
+from cutemoe.moe.problem import Problem
+from cutemoe.runtime.device import Device
+from tests.compile.cute_nvfp4 import ask
+from tests.compile.transplant import assembled, transplanted
+
+pytest.importorskip("cutlass")
+ARCHS = ("sm_90a", "sm_120a", "sm_121a")
+NATIVE = "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"
+REAL = Problem(
+    tokens=1, hidden=4096, intermediate=2048, experts=256, top_k=8, gated=True, weight="nvfp4",
+    group_size=16, layout="sm120_nvfp4", activations="nvfp4", dtype="bf16", gate_up="gate_up",
+    activation="swiglu", per_expert_params=False, has_limit=False, has_b13=False, has_b2=False,
+    static_scale=True, ids="int32", expert_offset=0, deterministic=True,
+)  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "decode": {},
+    "batch": {"tokens": 1024},
+    "prefill": {"tokens": 2048, "gate_up": "up_gate"},
+    "long prefill": {"tokens": 8192, "has_limit": True, "has_b13": True, "has_b2": True},
+    "relu2": {"tokens": 2048, "gated": False, "activation": "relu2"},
+    "relu2 decode": {"gated": False, "activation": "relu2", "dtype": "fp16", "ids": "int64"},
+    "geglu": {"tokens": 2048, "activation": "geglu", "gate_up": "interleaved"},
+    "geglu tanh": {"tokens": 512, "activation": "geglu_tanh", "has_b13": True},
+    "odd widths": {"hidden": 4112, "intermediate": 720, "tokens": 2048},
+}
+# registers a thread, by routed rows of a tile; the emulation holds decoded operands
+MOST = {16: 104, 32: 104, 64: 144, 128: 176}
+
+
+def configuration(kind: str, arch: str) -> Nvfp4Config:
+    """What a card of this architecture would run."""
+    number = int(arch.strip("sm_a"))
+    device = Device("cuda", 0, arch, number, 132, plan.SMEM_LIMIT, True)
+    problem = replace(REAL, **KINDS[kind])
+    assert plan.refuse(problem, device) is None
+    return plan.configure(problem, device)
+
+
+def count(c: dict[str, Any], opcode: str) -> int:
+    return len(re.findall(rf"^(?:@!?U?P\w+ )?{opcode}\b", c["sass"], re.MULTILINE))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gemms_compile_into_the_instruction_meant(kind, arch):
+    config = configuration(kind, arch)
+    for build, c in (("build_fc1", config.fc1), ("build_fc2", config.fc2)):
+        found = ask(build, c, arch)
+        assert found["local_bytes"] == 0
+        assert found["registers"] <= (MOST[c.tile.block_m] if arch != "sm_90a" else 176)
+        assert c.tile.smem_bytes <= plan.SMEM_LIMIT
+        # one instruction for 16 rows, 8 rows of w and 64 codes of a stage
+        tiles = c.tile.block_m // c.tile.warps_m // 16 * (plan.BLOCK_N // c.tile.warps_n // 8)
+        steps = tiles * c.tile.block_k // 64
+        if arch == "sm_90a":
+            assert count(found, "OMMA") == 0 and count(found, "HMMA") == 4 * steps
+        else:
+            assert found["sass"].count(NATIVE) == count(found, r"OMMA\S*") == steps
+            assert count(found, "HMMA") == 0
+        assert count(found, r"LDGSTS\S*") > 0 and count(found, r"LDSM\S*") > 0
+        assert not re.search(r"\b(UTMALDG|USETMAXREG|HGMMA)", found["sass"])
+        print(f"{build} {kind} {arch}: {found['registers']} registers, {found['seconds']:.2f} s")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", ["decode", "relu2 decode"])
+def test_the_other_kernels_compile_without_local_memory(kind, arch):
+    config = configuration(kind, arch)
+    parts = (
+        ("build_sort", config.sort),
+        ("build_sort", replace(config.sort, flat=False)),
+        ("build_quantise", config.rows),
+        ("build_quantise", replace(config.rows, wide=False, flat=False)),
+        ("build_combine", config.rows),
+        ("build_combine", replace(config.rows, wide=False)),
+    )
+    for build, c in parts:
+        found = ask(build, c, arch)
+        assert found["local_bytes"] == 0 and found["registers"] <= 64
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("kind", ["decode", "batch", "prefill", "long prefill"])
+def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
+    c = configuration(kind, arch)
+    found = ask("build_fused", FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows, dynamic), arch)
+    assert found["local_bytes"] == 0 and found["registers"] <= 232
+    assert count(found, "HMMA" if arch == "sm_90a" else r"OMMA\S*") > 0
+    assert count(found, r"ATOMG\S*|ATOM\S*|RED\S*") >= 4 + 2 * dynamic
+    print(f"{kind} {dynamic} {arch}: {found['registers']} registers, {found['seconds']:.2f} s")
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill", "relu2"])
+def test_the_ptx_of_sm120_assembles_for_sm90_without_its_two_instructions(kind):
+    c = configuration(kind, "sm_120a")
+    whole = FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows)
+    parts = {"build_quantise": c.rows, "build_fc1": c.fc1, "build_fc2": c.fc2, "build_fused": whole}
+    for build, config in parts.items():
+        found = ask(build, config, "sm_120a")
+        text, mmas, conversions = transplanted(found["ptx"])
+        assert mmas == count(found, r"OMMA\S*")
+        assert (conversions > 0) == (build != "build_fc2")
+        assert not re.search(r"block_scale|e2m1|sm_120", text)
+        assert "0 bytes spill stores" in assembled(text)
+
+
+def test_sm_80_has_no_conversion_and_needs_none():
+    config = configuration("decode", "sm_80")
+    for build, c in (("build_quantise", config.rows), ("build_fc1", config.fc1)):
+        assert ask(build, c, "sm_80")["local_bytes"] == 0
+
+
+@pytest.mark.parametrize("tile", plan.TILES.values(), ids=str)
+def test_a_stage_holds_what_its_bytes_say(tile):
+    from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm
+
+    gemm = ExpertGemm(GemmConfig(120, tile))
+    assert gemm.sb_at + 4 * plan.BLOCK_N * gemm.steps == tile.stage_bytes
+    # stages and operands keep the 128 bytes that the permutation of chunks needs
+    assert tile.stage_bytes % 128 == gemm.b_at % 128 == 0
+    # a thread's passes are whole groups of 8 rows, and fill a tile
+    for vector in (8, 16):
+        passes = ExpertGemm(GemmConfig(120, tile, vector=vector)).pass_rows
+        assert passes % 8 == 0 and tile.block_m % passes == 0 and plan.BLOCK_N % passes == 0
+
+
+def test_a_tile_that_does_not_fit_sm120_is_refused_before_it_is_traced():
+    from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm
+
+    with pytest.raises(Unsupported, match=r"110592 bytes of shared memory, at most 101376"):
+        ExpertGemm(GemmConfig(120, Tile(64, 256, 4, 2, 4)))

@@ -1,0 +1,104 @@
+"""Both policies of the block-scaled MMA on a model of a warp, against dense products."""
+
+import numpy as np
+import pytest
+
+from tests.dsl.lanes import E2M1, LANES, Sums, Uint32, device, e4m3
+
+JUNK = 0x7E7E7E7E
+# scale 0x7f is NaN
+SCALES = np.arange(0x7F)
+
+
+def case(seed: int, uniform: bool = False) -> tuple[np.ndarray, ...]:
+    """Codes of A [16, 64] and B [8, 64], scale bytes [16, 4] and [8, 4]."""
+    r = np.random.default_rng(seed)
+    A, B = r.integers(0, 16, (16, 64)), r.integers(0, 16, (8, 64))
+    pick = np.full_like if uniform else lambda like, _: r.choice(SCALES, like.shape)
+    return A, B, pick(np.zeros((16, 4), int), 0x38), pick(np.zeros((8, 4), int), 0x38)
+
+
+def word(codes: np.ndarray, width: int) -> np.ndarray:
+    return (codes.astype(np.uint64) << (width * np.arange(codes.shape[-1], dtype=np.uint64))).sum(
+        -1
+    )
+
+
+def registers(A: np.ndarray, B: np.ndarray, SA: np.ndarray, SB: np.ndarray) -> tuple:
+    """The fragments of the instruction; lanes that it ignores hold the greatest scale."""
+    g, t = LANES.astype(int) // 4, LANES.astype(int) % 4
+
+    def codes(X: np.ndarray, rows: np.ndarray, k: int) -> Uint32:
+        return Uint32(word(np.stack([X[rows, 8 * t + k + i] for i in range(8)], -1), 4))
+
+    a = [codes(A, g, 0), codes(A, g + 8, 0), codes(A, g, 32), codes(A, g + 8, 32)]
+    b = [codes(B, g, 0), codes(B, g, 32)]
+    sa = np.where(t < 2, word(SA, 8)[(g + 8 * t) % 16], JUNK)
+    sb = np.where(t == 0, word(SB, 8)[g], JUNK)
+    return a, b, Uint32(sa), Uint32(sb)
+
+
+def product(policy, A, B, SA, SB) -> np.ndarray:
+    a, b, sa, sb = registers(A, B, SA, SB)
+    acc = [Sums(np.full(32, float(i))) for i in range(4)]
+    policy.mma(acc, policy.a(a, sa), policy.b(b, sb))
+    C, g, t = np.zeros((16, 8)), LANES // 4, LANES % 4
+    for i in range(4):
+        C[g + 8 * (i // 2), 2 * t + i % 2] = acc[i].v - i
+    return C
+
+
+def dense(A, B, SA, SB) -> np.ndarray:
+    return (E2M1[A] * np.repeat(e4m3(SA), 16, 1)) @ (E2M1[B] * np.repeat(e4m3(SB), 16, 1)).T
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120, 121])
+def test_equals_the_dense_product(arch):
+    policy = device("mma").block_scaled_mma(arch)
+    assert policy.native == (arch >= 120)
+    for seed in range(12):
+        x = case(seed)
+        assert np.array_equal(product(policy, *x), dense(*x))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_a_nan_scale_breaks_its_row_and_column(arch):
+    A, B, SA, SB = case(1)
+    SA[3, 1], SB[5, 2] = 0x7F, 0x7F
+    C = product(device("mma").block_scaled_mma(arch), A, B, SA, SB)
+    want = np.zeros((16, 8), bool)
+    want[3], want[:, 5] = True, True
+    assert np.array_equal(np.isnan(C), want)
+
+
+BUGS = {
+    "scales of the other block": ("Uint32(lane & 2) * Uint32(4)", "Uint32(lane & 1) * Uint32(8)"),
+    "rows swapped": ("self._scales(scales, 0), self._scales(scales, 1)",
+                     "self._scales(scales, 1), self._scales(scales, 0)"),
+    "B in another order of k": ("scaled_codes(words[half] >>", "scaled_codes(words[1 - half] >>"),
+    "sign lost": ("Uint32(0x00080008)", "Uint32(0x00080000)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug):
+    policy = device("mma", BUGS[bug]).block_scaled_mma(90)
+    for seed in range(4):
+        x = case(seed)
+        assert not np.array_equal(product(policy, *x), dense(*x))
+
+
+def test_uniform_scales_would_hide_bugs_of_scales():
+    """Why cases draw a scale for every row and block."""
+    x = case(1, uniform=True)
+    for bug in ("scales of the other block", "rows swapped"):
+        policy = device("mma", BUGS[bug]).block_scaled_mma(90)
+        assert np.array_equal(product(policy, *x), dense(*x))
+
+
+def test_scaled_codes_are_exact_in_fp16_and_their_products_in_float32():
+    scaled = E2M1[:8, None] * e4m3(SCALES)[None]
+    assert np.array_equal(scaled.astype(np.float16).astype(np.float64), scaled)
+    values = np.unique(scaled)
+    products = np.outer(values, values)
+    assert np.array_equal(products.astype(np.float32).astype(np.float64), products)

@@ -1,0 +1,288 @@
+"""The CuTe back end of NVFP4 layers: what it refuses, where weights go for it, what it keeps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cutemoe
+from cutemoe.gemm.plan import weight_layout
+from cutemoe.gemm.weight import SM120, PackedWeight
+from cutemoe.moe import api, cute_nvfp4_plan, plan
+from cutemoe.moe.problem import Problem
+from cutemoe.moe.workspace import MIN_TILE_ROWS, layout, max_tiles
+from cutemoe.runtime.backend import choose
+from cutemoe.runtime.device import Device
+from tests import strategies as draw
+from tests.close import assert_same
+from tests.moe.cases import SATURATED, Target, exact_layer, exact_x, random_layer
+from tests.poison import Poison
+
+pytest.importorskip("cutlass")
+RTX = Device("cuda", 0, "RTX PRO 6000", 120, 188, 101376, True)
+SPARK = replace(RTX, name="GB10", arch=121, sm_count=48)
+H200 = Device("cuda", 0, "H200", 90, 132, 232448, True)
+V100 = Device("cuda", 0, "V100", 70, 80, 98304, True)
+GOOD = Problem(
+    tokens=16, hidden=4096, intermediate=2048, experts=256, top_k=8, gated=True, weight="nvfp4",
+    group_size=16, layout=SM120, activations="nvfp4", dtype="bf16", gate_up="up_gate",
+    activation="swiglu", per_expert_params=True, has_limit=True, has_b13=True, has_b2=True,
+    static_scale=True, ids="int32", expert_offset=0, deterministic=True,
+)  # fmt: skip
+CUTE = next(b for b in plan.BACKENDS if b.name == "cute_nvfp4")
+TRITON = next(b for b in plan.BACKENDS if b.name == "triton")
+
+
+@pytest.mark.parametrize("device", [RTX, SPARK, H200], ids=str)
+@pytest.mark.parametrize("change", [{}, {"top_k": 32, "experts": 1024}, {"tokens": 100_000}])
+def test_what_is_promised_runs(change, device):
+    assert CUTE.reason(replace(GOOD, **change), device) is None
+    assert choose("fused_moe", plan.BACKENDS, replace(GOOD, **change), device, "auto") is CUTE
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"layout": "rows"}, "layout 'sm120_nvfp4', got 'rows' (prepare with backend='cute_nvf"),
+        ({"weight": "mxfp4"}, "nvfp4 weights and activations, got mxfp4 and nvfp4"),
+        ({"activations": "bf16"}, "nvfp4 weights and activations, got nvfp4 and bf16"),
+        ({"experts": 1025}, "local experts <= 1024, got 1025"),
+        ({"tokens": 2**28}, "tokens * top_k, and tiles of a GEMM, <= 2147483647"),
+        ({"tokens": 2**27, "hidden": 8192}, "and tiles of a GEMM, <= 2147483647"),
+        ({"hidden": 2**20, "intermediate": 4096}, "weights of an expert <= 2147483647 bytes"),
+    ],
+)
+def test_it_says_why_not(changed, words):
+    assert words in (CUTE.reason(replace(GOOD, **changed), RTX) or "")
+
+
+def test_variants_are_for_those_who_name_them():
+    static, dynamic, emulated = (
+        next(b for b in plan.BACKENDS if b.name == f"cute_nvfp4_{name}")
+        for name in ("static", "dynamic", "emulated")
+    )
+    for b, style in ((static, "static"), (dynamic, "dynamic")):
+        assert b.reason(GOOD, H200) is None
+        config = b.config(GOOD, RTX)
+        assert config.style == style and config.ctas == RTX.sm_count
+        assert replace(config, style="pipeline") == CUTE.config(GOOD, RTX)
+    why = emulated.reason(GOOD, H200) or ""
+    assert "sm_120 or sm_121, whose MMA it emulates, got sm_90" in why
+    assert emulated.reason(GOOD, SPARK) is None
+    assert emulated.config(GOOD, RTX).fc1.arch == 90 and CUTE.config(GOOD, RTX).fc1.arch == 120
+    assert emulated.reason(replace(GOOD, layout="rows"), RTX) is not None
+
+
+def test_where_it_is_not_available():
+    assert CUTE.reason(GOOD, V100) == "needs sm_80 or newer, got sm_70"
+    assert "needs a CUDA device" in (CUTE.reason(GOOD, Device("cpu")) or "")
+    assert "layout rows or" in (TRITON.reason(GOOD, RTX) or "")
+
+
+@pytest.mark.parametrize(
+    ("activations", "backend", "device", "where"),
+    [
+        ("nvfp4", "auto", RTX, SM120),
+        ("nvfp4", "auto", SPARK, SM120),
+        ("nvfp4", "auto", H200, "sm80_w4_bf16"),
+        ("nvfp4", "cute_nvfp4", H200, SM120),
+        ("nvfp4", "cute_nvfp4_static", H200, SM120),
+        ("nvfp4", "cute_nvfp4_emulated", RTX, SM120),
+        ("nvfp4", "triton", RTX, "sm80_w4_bf16"),
+        ("nvfp4", "reference", RTX, "rows"),
+        ("bf16", "auto", RTX, "sm80_w4_bf16"),
+        ("nvfp4", "cute_nvfp4", V100, "rows"),
+        ("nvfp4", "cute_nvfp4", Device("cpu"), "rows"),
+    ],
+)
+def test_weights_sit_where_their_back_end_wants_them(activations, backend, device, where):
+    assert weight_layout(activations, backend, device) == where
+
+
+@pytest.mark.parametrize(("n", "k"), [(128, 64), (96, 80), (48, 16), (300, 272)])
+def test_packed_weights_come_back(n, k):
+    q = draw.exact_quantized("nvfp4", (3, n, k), 1)
+    q = cutemoe.QuantizedTensor(q.data, q.scale, torch.ones(3), format="nvfp4")
+    packed = PackedWeight.of(q, layout=SM120)
+    assert packed.layout == SM120 and packed.data.data_ptr() == q.data.data_ptr()
+    back = packed.unpack()
+    assert isinstance(back, cutemoe.QuantizedTensor)
+    for name in ("data", "scale", "global_scale"):
+        assert_same(getattr(back, name).view(torch.uint8), getattr(q, name).view(torch.uint8))
+    one = packed.group(1)
+    assert one.layout == "rows" and one.shape == (1, n, k)
+    assert_same(one.values(slice(0, n)), q[1].dequantize())
+
+
+def test_codes_that_are_not_aligned_are_copied():
+    q = draw.exact_quantized("nvfp4", (2, 16, 32), 1)
+    odd = torch.empty(q.data.numel() + 1, dtype=torch.uint8)[1:].view(q.data.shape).copy_(q.data)
+    packed = PackedWeight.of(cutemoe.QuantizedTensor(odd, q.scale, format="nvfp4"), layout=SM120)
+    assert packed.data.data_ptr() % 16 == 0
+    assert_same(packed.data, q.data)
+
+
+def test_other_formats_stay_in_rows():
+    q = draw.exact_quantized("mxfp4", (2, 16, 32), 1)
+    assert PackedWeight.of(q, layout=SM120).layout == "rows"
+
+
+def test_the_reference_runs_a_layer_that_was_packed_for_it():
+    layer = exact_layer("nvfp4", "nvfp4")
+    rows = layer.prepared()
+    w13, w2 = (PackedWeight.of(w, layout=SM120) for w in (layer.w13, layer.w2))
+    packed = replace(rows, w13=w13, w2=w2)
+    r = draw.Routing(T=5, K=2, E=5, offset=0, pattern="skips", seed=1)
+    ids, weights = r.ids(), r.weights(exact=True)
+    x, kwargs = exact_x(5, layer, 2), {"activation": SATURATED, "backend": "reference"}
+    space = cutemoe.Workspace.for_moe(packed, 5, 2)
+    want = cutemoe.fused_moe(x, rows, ids, weights, **kwargs)
+    assert_same(cutemoe.fused_moe(x, packed, ids, weights, workspace=space, **kwargs), want)
+    why = cutemoe.explain("fused_moe", x, packed, ids, weights, backend="triton")
+    assert why.backend is None
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 512, 513, 1024, 1025, 3072, 3073, 100_000])
+def test_tiles_fit_the_workspace_and_sm120(tokens):
+    problem = replace(GOOD, tokens=tokens)
+    config = cute_nvfp4_plan.configure(problem, RTX)
+    m = config.fc1.tile.block_m
+    assert config.fc2.tile is config.fc1.tile and m >= MIN_TILE_ROWS
+    assert cute_nvfp4_plan.most_tiles(problem, m) <= max_tiles(tokens * 8, problem.experts)
+    assert config.fc1.tile.smem_bytes <= cute_nvfp4_plan.SMEM_LIMIT
+    mean = tokens * 8 / 256
+    assert m == (16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 96 else 128)
+
+
+def test_scratch_is_compact():
+    """256 experts, 1024 routed rows, H = 7168, I = 2048: what the GEMMs read is 5.4 MB."""
+    parts = layout(128, 8, 256, 7168, 2048, "nvfp4", True, codes=True).parts
+    sizes = {n: torch.Size(p.shape).numel() * p.dtype.itemsize for n, p in parts.items()}
+    read = sum(v for n, v in sizes.items() if n != "y")
+    assert read < 5.4e6
+    assert sizes["y"] == 1024 * 7168 * 4
+
+
+GPU = Target("cute_nvfp4", "cuda")
+
+
+def run(layer, x, ids, weights, **kwargs):
+    moe = layer.prepared(GPU)
+    x, ids, weights = GPU.put((x, ids, weights))
+    return moe, cutemoe.fused_moe(x, moe, ids, weights, backend="cute_nvfp4", **kwargs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 40, 400])
+def test_a_token_has_the_same_bits_in_every_batch(tokens):
+    layer = random_layer("nvfp4", "nvfp4", E=4, H=320, I=144, seed=5)
+    r = draw.Routing(T=tokens, K=2, E=4, offset=0, pattern="uniform", seed=6)
+    x = draw.normal((tokens, 320), 7, torch.bfloat16)
+    ids, weights = r.ids(), r.weights()
+    whole = run(layer, x, ids, weights)[1]
+    for rows in (slice(0, 1), slice(tokens // 2, tokens)):
+        assert_same(run(layer, x[rows], ids[rows], weights[rows])[1], whole[rows])
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_with_new_tokens_and_routing():
+    layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
+    moe = layer.prepared(GPU)
+    cases = []
+    for seed in range(4):
+        r = draw.Routing(T=24, K=3, E=6, offset=0, pattern=draw.PATTERNS[seed], seed=seed)
+        x = draw.normal((24, 256), seed + 9, torch.bfloat16)
+        cases.append(GPU.put((x, r.ids(), r.weights())))
+    want = [
+        cutemoe.fused_moe(x, moe, ids, weights, backend="cute_nvfp4") for x, ids, weights in cases
+    ]
+    with Poison("cuda") as poison:
+        inputs = [torch.empty_like(t).copy_(t) for t in cases[0]]
+        space = poison.empty((cutemoe.Workspace.for_moe(moe, 24, 3).nbytes,), torch.uint8)
+        out = poison.empty((24, 256), torch.bfloat16)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x, ids, weights = inputs
+            cutemoe.fused_moe(
+                x, moe, ids, weights, out=out, workspace=cutemoe.Workspace(space),
+                backend="cute_nvfp4",
+            )  # fmt: skip
+        for _ in range(3):
+            for case, y in zip(cases, want, strict=True):
+                for to, t in zip(inputs, case, strict=True):
+                    to.copy_(t)
+                out.fill_(torch.nan)
+                graph.replay()
+                assert_same(out, y)
+
+
+def direct(layer, args, style, ctas, *, space=None, out=None, activation=SATURATED):
+    """A call with a launch style and a number of CTAs of the test's choice."""
+    from cutemoe.moe.cute_nvfp4_launch import run
+
+    moe = layer.prepared(GPU)
+    x, ids, weights = args
+    t, _ = api._tensors(x, moe, ids, weights, activation, out, space, "cute_nvfp4")
+    problem = Problem.of(
+        t, activations="nvfp4", gate_up=layer.gate_up, activation="swiglu", expert_offset=0,
+        deterministic=True,
+    )  # fmt: skip
+    config = cute_nvfp4_plan.configure(problem, Device.of(x.device))
+    run(problem, replace(config, style=style, ctas=ctas or config.ctas), t)
+    return t.out
+
+
+STYLED = [("static", 0), ("static", 3), ("dynamic", 0), ("dynamic", 5)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("style", "ctas"), STYLED)
+@pytest.mark.parametrize("pattern", draw.PATTERNS)
+@pytest.mark.parametrize("tokens", [1, 9, 150])
+def test_one_launch_gives_the_bits_of_the_pipeline(style, ctas, pattern, tokens):
+    layer = random_layer("nvfp4", "nvfp4", E=6, H=544, I=208, seed=5, gate_up="interleaved")
+    r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
+    args = GPU.put((draw.normal((tokens, 544), 7, torch.bfloat16), r.ids(), r.weights()))
+    want = direct(layer, args, "pipeline", 0)
+    with Poison("cuda") as poison:
+        size = cutemoe.Workspace.for_moe(layer.prepared(GPU), tokens, 3).nbytes
+        space = cutemoe.Workspace(poison.empty((size,), torch.uint8))
+        out = poison.empty(want.shape, want.dtype)
+        for _ in range(3):
+            assert_same(direct(layer, args, style, ctas, space=space, out=out), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("style", ["static", "dynamic"])
+def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(style):
+    layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
+    r = draw.Routing(T=40, K=2, E=6, offset=0, pattern="skewed", seed=1)
+    args = GPU.put((draw.normal((40, 256), 7, torch.bfloat16), r.ids(), r.weights()))
+    want = direct(layer, args, "pipeline", 0)
+    busy = torch.cuda.Stream()
+    noise = torch.randn(2048, 2048, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(8):
+        with torch.cuda.stream(busy):
+            torch.cuda._sleep(3_000_000)
+            for _ in range(8):
+                noise = (noise @ noise).clamp(-1, 1)
+        assert_same(direct(layer, args, style, 0), want)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_extreme_values_of_x_and_weights():
+    """Zero rows, subnormal and saturated block scales, the greatest numbers, NaN and infinities."""
+    layer = random_layer("nvfp4", "nvfp4", E=2, H=64, I=48, seed=5, biases=False)
+    x = draw.normal((12, 64), 1, torch.bfloat16)
+    x[0], x[1, :16], x[2], x[3] = 0.0, 0.0, x[2] * 2.0**-20, x[3] * 2.0**100
+    x[4, 20], x[5, 0], x[6, 63], x[7] = torch.nan, torch.inf, -torch.inf, -0.0
+    ids, weights = torch.arange(12)[:, None].int() % 2, torch.ones(12, 1)
+    want = cutemoe.fused_moe(x, layer.prepared(), ids, weights, backend="reference")
+    got = run(layer, x, ids, weights)[1].cpu()
+    assert torch.equal(torch.isnan(got), torch.isnan(want))
+    assert_same(got[[0, 7]], want[[0, 7]])
+    finite = torch.isfinite(want)
+    assert torch.equal(torch.isfinite(got), finite)
+    assert (got - want)[finite].abs().max() <= want[finite].abs().max() * 2**-7
