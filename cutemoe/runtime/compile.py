@@ -139,13 +139,14 @@ def _persistent(build: Callable[[Config], Any], config: Config, machine: Device 
     if not keep or machine is None or " at 0x" in repr(config):
         return _timed(what, lambda: build(config))
     facts = (*facts_of("cute", build.__module__), _toolkit(), platform.machine())
-    parts = (*facts, build.__module__, build.__qualname__, _fields(config))
+    name = f"{build.__module__}:{build.__qualname__}"
+    parts = (*facts, name, _fields(config))
 
     def make() -> tuple[bytes, dict[str, Any]]:
         kernel = build(config)
         if not hasattr(kernel, "export_to_c"):
             raise _Unkept(kernel)
-        return _exported(kernel), {"language": "cute", "kernel": build.__module__}
+        return _exported(kernel), {"language": "cute", "kernel": name}
 
     try:
         entry = fetch(what, parts, machine.target, make)
@@ -189,6 +190,8 @@ def fetch(
                 return kept.put(key, data, manifest)
             except OSError as e:
                 _LOG.warning("%s is not kept: %s", what, e)
+            except cache.Broken as e:
+                raise RuntimeError(f"{what}: {e} (unset CUTE_DSL_ARCH)") from None
         return cache.Entry(manifest, data)
 
 

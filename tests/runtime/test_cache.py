@@ -262,3 +262,10 @@ def test_a_manifest_is_json_behind_its_digest(cache):
     stored(cache)
     digest, text = (cache.folder / f"{KEY}.json").read_text().split("\n")
     assert len(digest) == 64 and json.loads(text)["arch"] == ARCH
+
+
+def test_a_compiler_that_aims_elsewhere_is_an_error(here):
+    """As with CUTE_DSL_ARCH set to another card: nothing wrong is kept."""
+    with pytest.raises(RuntimeError, match=r"sm_80, not sm_90a .*unset CUTE_DSL_ARCH"):
+        compiling.fetch("k", ("elsewhere",), ARCH, lambda: (cubin(80), {"kernel": "k"}))
+    assert not list(here.glob("*.bin"))
