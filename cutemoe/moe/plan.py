@@ -97,13 +97,13 @@ BACKENDS = (
         cute_nvfp4_plan.refuse,
         cute_nvfp4_plan.configure,
     ),
-    # never first: variants of the one above, to name
     Backend(
         "cute_nvfp4_static",
         "cutemoe.moe.cute_nvfp4_launch:run",
         cute_unavailable,
         cute_nvfp4_plan.refuse,
         cute_nvfp4_plan.configure_static,
+        variant=True,
     ),
     Backend(
         "cute_nvfp4_dynamic",
@@ -111,6 +111,7 @@ BACKENDS = (
         cute_unavailable,
         cute_nvfp4_plan.refuse,
         cute_nvfp4_plan.configure_dynamic,
+        variant=True,
     ),
     Backend(
         "cute_nvfp4_emulated",
@@ -118,6 +119,7 @@ BACKENDS = (
         cute_unavailable,
         cute_nvfp4_plan.refuse_emulated,
         cute_nvfp4_plan.configure_emulated,
+        variant=True,
     ),
     Backend(
         "triton",

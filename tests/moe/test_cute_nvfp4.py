@@ -11,7 +11,7 @@ from cutemoe.gemm.weight import SM120, PackedWeight
 from cutemoe.moe import api, cute_nvfp4_plan, plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.workspace import MIN_TILE_ROWS, layout, max_tiles
-from cutemoe.runtime.backend import choose
+from cutemoe.runtime.backend import choose, explain
 from cutemoe.runtime.device import Device
 from tests import strategies as draw
 from tests.close import assert_same
@@ -71,6 +71,13 @@ def test_variants_are_for_those_who_name_them():
     assert emulated.reason(GOOD, SPARK) is None
     assert emulated.config(GOOD, RTX).fc1.arch == 90 and CUTE.config(GOOD, RTX).fc1.arch == 120
     assert emulated.reason(replace(GOOD, layout="rows"), RTX) is not None
+    listed = {r.name for r in explain("fused_moe", plan.BACKENDS, GOOD, RTX, "auto").reasons}
+    assert listed == {b.name for b in plan.BACKENDS if not b.variant} and CUTE.name in listed
+    named = explain("fused_moe", plan.BACKENDS, GOOD, RTX, static.name)
+    assert named.backend == static.name and static.name in {r.name for r in named.reasons}
+    # what a variant alone would run, it is not chosen for
+    only = (static, plan.BACKENDS[-1])
+    assert choose("fused_moe", only, GOOD, RTX, "auto") is plan.BACKENDS[-1]
 
 
 def test_where_it_is_not_available():
