@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "odd widths": {"hidden": 4112, "intermediate": 720, "tokens": 2048},
 }
 # registers a thread, by routed rows of a tile; the emulation holds decoded operands
-MOST = {16: 104, 32: 104, 64: 144, 128: 176}
+MOST = {16: 104, 32: 104, 64: 136, 128: 176}
 
 
 def configuration(kind: str, arch: str) -> Nvfp4Config:
@@ -60,7 +60,9 @@ def test_gemms_compile_into_the_instruction_meant(kind, arch):
     for build, c in (("build_fc1", config.fc1), ("build_fc2", config.fc2)):
         found = ask(build, c, arch)
         assert found["local_bytes"] == 0
-        assert found["registers"] <= (MOST[c.tile.block_m] if arch != "sm_90a" else 176)
+        # copies of 8 bytes need twice the addresses
+        most = MOST[c.tile.block_m] + (24 if c.vector == 8 else 0)
+        assert found["registers"] <= (most if arch != "sm_90a" else 176)
         assert c.tile.smem_bytes <= plan.SMEM_LIMIT
         # one instruction for 16 rows, 8 rows of w and 64 codes of a stage
         tiles = c.tile.block_m // c.tile.warps_m // 16 * (plan.BLOCK_N // c.tile.warps_n // 8)
