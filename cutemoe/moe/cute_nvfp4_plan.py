@@ -8,6 +8,7 @@ the Triton kernels, so a layer runs there only where it was prepared with backen
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from cutemoe.gemm.weight import SM120
 from cutemoe.moe.problem import Problem
@@ -195,6 +196,7 @@ def refuse(problem: Problem, device: Device) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def configure(problem: Problem, device: Device) -> Nvfp4Config:
     """The configuration for a problem; tiles by the rows that an expert can expect."""
     p = problem
