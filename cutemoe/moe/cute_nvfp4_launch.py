@@ -58,7 +58,7 @@ def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
     for name, weight in (("w13", t.w13), ("w2", t.w2)):
         if weight.data.data_ptr() % 16:
             raise Unsupported(f"{name}: back end 'cute_nvfp4' takes codes aligned to 16 bytes")
-    plan = layout_of(problem)
+    plan = _layout(problem)
     buffer = t.workspace
     if buffer is None:
         buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=t.x.device)
@@ -67,6 +67,9 @@ def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
         _pipeline(problem, complete(config, t), t, w)
     else:
         _fused(problem, complete(config, t), config.ctas, t, w)
+
+
+_layout = lru_cache(maxsize=256)(layout_of)
 
 
 def complete(c: Nvfp4Config, t: MoETensors) -> FusedConfig:
