@@ -61,4 +61,4 @@ def backends(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     here = Device.of(torch.device(device))
-    return [Reason(b.name, b.unavailable(here)) for b in _find(op).backends]
+    return [Reason(b.name, b.unavailable(here)) for b in _find(op).backends if not b.variant]

@@ -58,10 +58,9 @@ class Codec:
         """float32 in 0..448 -> bits of e4m3 in a Uint32, nearest even."""
         if const_expr(self.e4m3):
             byte = ptx(
-                "{ .reg .b16 h; cvt.rn.satfinite.e4m3x2.f32 h, {$r0}, {$r1}; "
+                "{ .reg .b16 h; cvt.rn.satfinite.e4m3x2.f32 h, 0f00000000, {$r0}; "
                 "cvt.u32.u16 {$w0}, h; }",
                 Uint32,
-                Float32(0.0),
                 x,
             )
         else:
@@ -125,6 +124,12 @@ def encode_e2m1(x):
 def divide(x, y):
     """x / y rounded to nearest."""
     return ptx("div.rn.f32 {$w0}, {$r0}, {$r1};", Float32, x, y)
+
+
+def reciprocal(x):
+    """1 / x rounded to nearest."""
+    # DSL 4.7 takes no float constant as an operand
+    return ptx("div.rn.f32 {$w0}, 0f3F800000, {$r0};", Float32, x)
 
 
 def mul_f16x2(x, y):

@@ -9,7 +9,7 @@ import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 
-from cutemoe.dsl.codec import Codec, absolute_bits, divide
+from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
 from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
 from cutemoe.moe.cute_nvfp4_plan import GemmConfig
 
@@ -66,7 +66,7 @@ class FC1(ExpertGemm):
         """Bias, activation, quantisation; one block of 16 outputs of two rows at a time."""
         mFactor, mX, mMid = multipliers
         m = self.multiplier(mFactor, mX, work.expert)
-        g = divide(Float32(1.0), mMid[work.expert])
+        g = reciprocal(mMid[work.expert])
         row, n0, t = self.position()
         values = self.parameters(params, work.expert)
         for q in range_constexpr(self.n_tiles // self.per_block):

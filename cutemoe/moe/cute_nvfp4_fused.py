@@ -16,9 +16,9 @@ I / 128 partial results of every output through memory, not in a fixed order.
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
-from cutlass.memory import SmemAllocator
 
 from cutemoe.dsl.grid import grid_barrier, next_item
+from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.moe.cute_nvfp4_fc1 import FC1
 from cutemoe.moe.cute_nvfp4_fc2 import FC2
 from cutemoe.moe.cute_nvfp4_plan import FusedConfig

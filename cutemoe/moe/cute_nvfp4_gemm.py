@@ -19,9 +19,9 @@ descriptor for each layer, and warp roles, which leave fewer registers to the em
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
-from cutlass.memory import SmemAllocator
 
 from cutemoe.dsl.copy import copy_async, matrices, shared_word
+from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.dsl.mma import block_scaled_mma
 from cutemoe.errors import Unsupported
 from cutemoe.moe.cute_nvfp4_plan import BLOCK_N, SMEM_LIMIT, GemmConfig

@@ -20,6 +20,7 @@ sum of a token has one order and one rounding.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
     for name, weight in (("w13", t.w13), ("w2", t.w2)):
         if weight.data.data_ptr() % 16:
             raise Unsupported(f"{name}: back end 'cute_nvfp4' takes codes aligned to 16 bytes")
-    plan = layout_of(problem)
+    plan = _layout(problem)
     buffer = t.workspace
     if buffer is None:
         buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=t.x.device)
@@ -68,19 +69,35 @@ def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
         _fused(problem, complete(config, t), config.ctas, t, w)
 
 
+_layout = lru_cache(maxsize=256)(layout_of)
+
+
 def complete(c: Nvfp4Config, t: MoETensors) -> FusedConfig:
     """What the kernels are compiled for, with what only the tensors show."""
-    flat = t.ids.is_contiguous()
-    each = {
-        f"{name}_e": isinstance(getattr(t, name), torch.Tensor)
-        for name in ("alpha", "beta", "limit")
-    }
+    return _complete(
+        c,
+        t.ids.is_contiguous(),
+        (_aligned(t.x, 16), _aligned(t.out, 8)),
+        (t.w13.factor is not None, t.w2.factor is not None),
+        tuple(isinstance(p, torch.Tensor) for p in (t.alpha, t.beta, t.limit)),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _complete(
+    c: Nvfp4Config,
+    flat: bool,
+    wide: tuple[bool, bool],
+    factors: tuple[bool, bool],
+    each: tuple[bool, ...],
+) -> FusedConfig:
+    alpha_e, beta_e, limit_e = each
     return FusedConfig(
         sort=replace(c.sort, flat=flat),
-        quantise=replace(c.rows, flat=flat, wide=_aligned(t.x, 16)),
-        fc1=replace(c.fc1, factor=t.w13.factor is not None, **each),
-        fc2=replace(c.fc2, factor=t.w2.factor is not None),
-        combine=replace(c.rows, wide=_aligned(t.out, 8)),
+        quantise=replace(c.rows, flat=flat, wide=wide[0]),
+        fc1=replace(c.fc1, factor=factors[0], alpha_e=alpha_e, beta_e=beta_e, limit_e=limit_e),
+        fc2=replace(c.fc2, factor=factors[1]),
+        combine=replace(c.rows, wide=wide[1]),
         dynamic=c.style == "dynamic",
     )
 

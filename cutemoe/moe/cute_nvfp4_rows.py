@@ -14,7 +14,7 @@ from cutlass import (
     range_constexpr,
 )
 
-from cutemoe.dsl.codec import Codec, absolute_bits, divide
+from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
 from cutemoe.moe.cute_nvfp4_plan import RowsConfig
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
@@ -72,7 +72,7 @@ class Quantise:
         tid, _, _ = cute.arch.thread_idx()
         slot = mSlots[row]
         expert = Int32(self.ids.at(mIds, slot)) - offset
-        g = divide(Float32(1.0), mScale[expert])
+        g = reciprocal(mScale[expert])
         gX, at = mX[slot // mIds.shape[1], None], Int64(row)
         for block in range(tid, mS.shape[1], self.threads):
             scale = Uint32(0)

@@ -9,8 +9,8 @@ ranking 32 at once by a ballot. Counts use atomics of shared memory, whose sum h
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cutlass import Int32, Uint32, const_expr, range_constexpr
-from cutlass.memory import SmemAllocator
 
+from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.moe.cute_nvfp4_plan import SortConfig
 from cutemoe.moe.cute_nvfp4_rows import Ids
 

@@ -127,13 +127,13 @@ BACKENDS = (
         cute_nvfp4_plan.refuse,
         cute_nvfp4_plan.configure,
     ),
-    # never first: variants of the one above, to name
     Backend(
         "cute_nvfp4_static",
         "cutemoe.moe.cute_nvfp4_launch:run",
         cute_unavailable,
         cute_nvfp4_plan.refuse,
         cute_nvfp4_plan.configure_static,
+        variant=True,
     ),
     Backend(
         "cute_nvfp4_dynamic",
@@ -141,6 +141,7 @@ BACKENDS = (
         cute_unavailable,
         cute_nvfp4_plan.refuse,
         cute_nvfp4_plan.configure_dynamic,
+        variant=True,
     ),
     Backend(
         "cute_nvfp4_emulated",
@@ -148,6 +149,7 @@ BACKENDS = (
         cute_unavailable,
         cute_nvfp4_plan.refuse_emulated,
         cute_nvfp4_plan.configure_emulated,
+        variant=True,
     ),
     Backend(
         "triton",

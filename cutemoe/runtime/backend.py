@@ -33,6 +33,7 @@ class Backend:
         unavailable: why nothing of this back end runs on a device, or None.
         refuse: why this problem does not run on a device where others do, or None.
         configure: the configuration for a problem; None where there is nothing to choose.
+        variant: only for those who name it; neither chosen nor listed otherwise.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Backend:
     unavailable: Callable[[Device], str | None]
     refuse: Refusal
     configure: Callable[[Problem, Device], Any] | None = None
+    variant: bool = False
 
     def reason(self, problem: Problem, device: Device) -> str | None:
         """Why this back end does not run the problem on the device, or None."""
@@ -114,9 +116,15 @@ def triton_unavailable(device: Device) -> str | None:
     return None
 
 
-def reasons(backends: tuple[Backend, ...], problem: Problem, device: Device) -> tuple[Reason, ...]:
-    """Every back end with its answer to this problem."""
-    return tuple(Reason(b.name, b.reason(problem, device)) for b in backends)
+def reasons(
+    backends: tuple[Backend, ...], problem: Problem, device: Device, requested: str = "auto"
+) -> tuple[Reason, ...]:
+    """Every back end with its answer to this problem; a variant only if it is the requested one."""
+    return tuple(
+        Reason(b.name, b.reason(problem, device))
+        for b in backends
+        if not b.variant or b.name == requested
+    )
 
 
 def choose(
@@ -136,7 +144,9 @@ def choose(
                 raise Unsupported(f"{op}: back end {b.name!r} refuses {problem} on {device}: {why}")
         names = ", ".join(repr(b.name) for b in backends)
         raise invalid("backend", f"'auto' or one of {names}", repr(requested))
-    order = backends if device.type == "cuda" else tuple(reversed(backends))
+    order = [b for b in backends if not b.variant]
+    if device.type != "cuda":
+        order.reverse()
     for b in order:
         if b.reason(problem, device) is None:
             if b is backends[-1] and device.type == "cuda":
@@ -158,7 +168,7 @@ def explain(
     op: str, backends: tuple[Backend, ...], problem: Problem, device: Device, requested: str
 ) -> Explanation:
     """What `choose` would do, as a record."""
-    why = reasons(backends, problem, device)
+    why = reasons(backends, problem, device, requested)
     try:
         b = choose(op, backends, problem, device, requested)
     except Unsupported:

@@ -48,7 +48,7 @@ def test_refusals_are_listed_below_the_table(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert demo.run() == 0
     out = capsys.readouterr().out
-    assert "Not run here:\n" in out
+    assert "\nNot run here:\n" in out
     assert "\n  triton (fused_moe, gdn_decode, gdn_verify): needs a CUDA" in out
     assert "4 of 4 rows ok" in out and "No GPU: nothing is timed." in out
 

@@ -11,7 +11,7 @@ from cutemoe.gemm.weight import SM120, PackedWeight
 from cutemoe.moe import api, cute_nvfp4_plan, plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.workspace import MIN_TILE_ROWS, layout, max_tiles
-from cutemoe.runtime.backend import choose
+from cutemoe.runtime.backend import choose, explain
 from cutemoe.runtime.device import Device
 from tests import strategies as draw
 from tests.close import assert_same
@@ -71,6 +71,13 @@ def test_variants_are_for_those_who_name_them():
     assert emulated.reason(GOOD, SPARK) is None
     assert emulated.config(GOOD, RTX).fc1.arch == 90 and CUTE.config(GOOD, RTX).fc1.arch == 120
     assert emulated.reason(replace(GOOD, layout="rows"), RTX) is not None
+    listed = {r.name for r in explain("fused_moe", plan.BACKENDS, GOOD, RTX, "auto").reasons}
+    assert listed == {b.name for b in plan.BACKENDS if not b.variant} and CUTE.name in listed
+    named = explain("fused_moe", plan.BACKENDS, GOOD, RTX, static.name)
+    assert named.backend == static.name and static.name in {r.name for r in named.reasons}
+    # what a variant alone would run, it is not chosen for
+    only = (static, plan.BACKENDS[-1])
+    assert choose("fused_moe", only, GOOD, RTX, "auto") is plan.BACKENDS[-1]
 
 
 def test_where_it_is_not_available():
@@ -161,6 +168,77 @@ def test_scratch_is_compact():
     read = sum(v for n, v in sizes.items() if n != "y")
     assert read < 5.4e6
     assert sizes["y"] == 1024 * 7168 * 4
+
+
+def packed_layer(**kwargs):
+    """A prepared layer on the CPU with its weights where the kernels want them."""
+    layer = exact_layer("nvfp4", "nvfp4", **kwargs)
+    w13, w2 = (PackedWeight.of(w, layout=SM120) for w in (layer.w13, layer.w2))
+    return layer, replace(layer.prepared(), w13=w13, w2=w2)
+
+
+def launches(monkeypatch, style, moe, layer, x, ids, weights, activation=SATURATED):
+    """(kernel, configuration, arguments) of every launch of a call."""
+    from cutemoe.moe import cute_nvfp4_launch as launch
+
+    seen = []
+    for name in ("sort", "quantise", "fc1", "fc2", "combine", "fused"):
+
+        def kernel(config, name=name):
+            return lambda *args: seen.append((name, config, args))
+
+        monkeypatch.setattr(launch, name, kernel)
+    t, _ = api._tensors(x, moe, ids, weights, activation, None, None, "auto")
+    problem = Problem.of(
+        t, activations="nvfp4", gate_up=layer.gate_up, activation="swiglu", expert_offset=3,
+        deterministic=True,
+    )  # fmt: skip
+    config = replace(cute_nvfp4_plan.configure(problem, RTX), style=style)
+    launch.run(problem, config, t)
+    return problem, seen
+
+
+def test_the_pipeline_is_five_launches_with_what_the_tensors_show(monkeypatch):
+    layer, moe = packed_layer(H=80, I=48)
+    ids, weights = torch.zeros(7, 4, dtype=torch.int64)[:, :2], torch.ones(7, 2)
+    x = torch.zeros(7, 83).bfloat16()[:, :80]
+    limit = cutemoe.SwiGLU(alpha=torch.ones(5), limit=3.0)
+    problem, seen = launches(monkeypatch, "pipeline", moe, layer, x, ids, weights, limit)
+    assert [name for name, *_ in seen] == ["sort", "quantise", "fc1", "fc2", "combine"]
+    sort, quantise, fc1, fc2, combine = (config for _, config, _ in seen)
+    assert (sort.ids, sort.flat) == ("int64", False) and not quantise.flat
+    assert not quantise.wide and combine.wide
+    assert fc1.factor and fc1.bias and fc1.limit and fc1.alpha_e and not fc1.limit_e
+    assert fc1.vector == fc2.vector == 8 and fc1.outputs == 64 and fc2.outputs == 128
+    assert all(c.arch == 120 for c in (quantise, fc1, fc2, combine))
+    # every tile that the routed rows can need, times the blocks of outputs
+    tiles = cute_nvfp4_plan.most_tiles(problem, 16)
+    assert seen[2][2][-1] == tiles * 1 and seen[3][2][-1] == tiles * 1
+    assert seen[0][2][2:] == (3, 5, 16) and seen[4][2][4:] == (3, 5)
+    # FC2 reads what FC1 wrote
+    wrote, read = seen[2][2][5], seen[3][2][0]
+    assert [t.data_ptr() for t in wrote] == [t.data_ptr() for t in read[:2]]
+
+
+@pytest.mark.parametrize("style", ["static", "dynamic"])
+def test_a_fused_layer_is_one_launch_with_counters_at_zero(monkeypatch, style):
+    layer, moe = packed_layer()
+    ids, weights = torch.zeros(7, 2, dtype=torch.int32), torch.ones(7, 2)
+    x = torch.zeros(7, 64).bfloat16()
+    _, seen = launches(monkeypatch, style, moe, layer, x, ids, weights)
+    ((name, config, args),) = seen
+    assert name == "fused" and config.dynamic == (style == "dynamic")
+    assert config.sort.flat and config.quantise.wide and config.combine.wide
+    assert args[6].tolist() == [0, 0, 0, 0] and args[7] == (3, 5, 16) and args[8] == 188
+
+
+def test_codes_that_lost_their_alignment_are_refused(monkeypatch):
+    layer, moe = packed_layer()
+    odd = torch.empty(moe.w2.data.numel() + 8, dtype=torch.uint8)[8:].view(moe.w2.data.shape)
+    moe = replace(moe, w2=replace(moe.w2, data=odd.copy_(moe.w2.data)))
+    ids, weights = torch.zeros(7, 2, dtype=torch.int32), torch.ones(7, 2)
+    with pytest.raises(cutemoe.Unsupported, match="w2: back end 'cute_nvfp4' takes codes aligned"):
+        launches(monkeypatch, "static", moe, layer, torch.zeros(7, 64).bfloat16(), ids, weights)
 
 
 GPU = Target("cute_nvfp4", "cuda")
