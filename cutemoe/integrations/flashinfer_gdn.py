@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import torch
 
+from cutemoe import gdn_decode
 from cutemoe.errors import invalid
-from cutemoe.gdn.api import gdn_decode
 
 __all__ = [
     "gated_delta_rule_decode",
@@ -58,6 +58,7 @@ class _Inputs(NamedTuple):
         *,
         update: bool = True,
         snapshots: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
         layout: str = "vk",
     ) -> torch.Tensor:
         """`gdn_decode` of these tokens."""
@@ -65,7 +66,8 @@ class _Inputs(NamedTuple):
         return gdn_decode(
             q, k, v, state=state, a=self.a, b=self.b, A_log=self.A_log, dt_bias=self.dt_bias,
             state_indices=indices, scale=self.scale, qk_l2norm=self.qk_l2norm, update_state=update,
-            intermediate_states=snapshots, state_layout=layout, out=self.out, backend=self.backend,
+            intermediate_states=snapshots, intermediate_indices=slots, state_layout=layout,
+            out=self.out, backend=self.backend,
         )  # fmt: skip
 
 
@@ -123,23 +125,20 @@ def gated_delta_rule_mtp(
         disable_state_update = True
     x = _Inputs(q, k, v, A_log, a, dt_bias, b, scale, use_qk_l2norm, backend)
     snapshots = _rows_of_batch(intermediate_states_buffer, q)
-    scatter = ssm_state_indices is not None
-    if scatter:
+    if ssm_state_indices is not None:
         if snapshots is not None:
             raise invalid("ssm_state_indices", "None beside intermediate_states_buffer", "both")
         if disable_state_update:
             raise invalid("disable_state_update", "False with ssm_state_indices", True)
         _check_indices("ssm_state_indices", ssm_state_indices, tuple(q.shape[:2]))
-        HV, V, K = initial_state.shape[1:]
-        snapshots = initial_state.new_empty(*q.shape[:2], HV, V, K)
-    writes = None if scatter or disable_state_update else output_state_indices
+        reads = initial_state_indices
+        out = x.decode(initial_state, reads, update=False, slots=ssm_state_indices)
+        return _delivered(out, output, reads), initial_state
+    writes = None if disable_state_update else output_state_indices
     if writes is not None:
         _check_indices("output_state_indices", writes, tuple(q.shape[:1]))
-    update = not disable_state_update and not scatter
+    update = not disable_state_update
     out = _decode_into(x, initial_state, initial_state_indices, writes, update, snapshots)
-    if scatter and snapshots is not None:
-        targets = ssm_state_indices.masked_fill(initial_state_indices[:, None] < 0, -1)
-        _scatter(initial_state, targets.flatten(), snapshots.flatten(0, 1))
     return _delivered(out, output, initial_state_indices), initial_state
 
 
