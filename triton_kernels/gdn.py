@@ -43,6 +43,18 @@ class View(NamedTuple):
     h: object
 
 
+class Snapshots(NamedTuple):
+    """States after each token with strides as in View, or their slots with those of [B, T]."""
+
+    ptr: object
+    b: object
+    t: object
+    h: object
+    slots: object
+    slots_b: object
+    slots_t: object
+
+
 class Gate(NamedTuple):
     """A_log and dt_bias with their strides."""
 
@@ -345,6 +357,11 @@ def gdn_decode_kernel(
             if snap.ptr is not None:
                 save_state(snap_ptr, S, tile, SIZE, TILE, SNAP)
                 snap_ptr += snap.t
+            if snap.slots is not None:
+                to = tl.load(snap.slots + b * snap.slots_b + t * snap.slots_t).to(tl.int64)
+                if (to >= 0) & (to < state.slots):
+                    to_ptr = state.ptr + to * state.slot + h * state.h
+                    save_state(to_ptr, S, tile, SIZE, TILE, STATE)
     if UPDATE:
         save_state(state_ptr, S, tile, SIZE, TILE, STATE)
 
@@ -357,6 +374,12 @@ def strides(x, dims):
 def view(x):
     """A tensor [B, T, heads, ...] with its strides; None of no tensor."""
     return View(None, 0, 0, 0) if x is None else View(x, *strides(x, 3))
+
+
+def snapshots_of(states, slots):
+    """Where the state after each token goes: its own tensor, slots of the pool, or nowhere."""
+    where = (None, 0, 0) if slots is None else (slots, *slots.stride())
+    return Snapshots(*view(states), *where)
 
 
 def aligned(x):
@@ -436,7 +459,7 @@ def run(problem, config, x):
         gate_of(x.gates),
         pool_of(x.state),
         index_of(x.state_indices),
-        view(snap),
+        snapshots_of(snap, x.intermediate_indices),
         view(x.out),
         problem.B,
         problem.T,

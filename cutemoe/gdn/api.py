@@ -32,6 +32,7 @@ def gdn_decode(
     qk_l2norm: bool = True,
     update_state: bool = True,
     intermediate_states: torch.Tensor | None = None,
+    intermediate_indices: torch.Tensor | None = None,
     state_layout: str = "vk",
     out: torch.Tensor | None = None,
     backend: str = "auto",
@@ -58,8 +59,11 @@ def gdn_decode(
         update_state: store the state after the last token. False leaves the pool as it is.
         intermediate_states: [B, steps >= T, HV, ...] laid out and typed as state; [b, t] becomes
             the state after token t. Steps from T on are not touched.
+        intermediate_indices: int32 or int64 [B, T] instead: the slot of `state` that the state
+            after each token goes to; negative ones (or beyond the pool) are not stored. They
+            differ from one another and from the slots other sequences read.
         out: [B, T, HV, DV] of v's dtype to write into.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cute", "triton" or "reference".
 
     Returns:
         out, [B, T, HV, DV].
@@ -71,8 +75,8 @@ def gdn_decode(
     call = _decode_call(
         q, k, v, state=state, a=a, b=b, A_log=A_log, dt_bias=dt_bias, g=g, beta=beta,
         state_indices=state_indices, scale=scale, qk_l2norm=qk_l2norm, update_state=update_state,
-        intermediate_states=intermediate_states, state_layout=state_layout, out=out,
-        backend=backend,
+        intermediate_states=intermediate_states, intermediate_indices=intermediate_indices,
+        state_layout=state_layout, out=out, backend=backend,
     )  # fmt: skip
     op.decode(*call)
     return call[7]
@@ -138,13 +142,13 @@ def gdn_verify(
 def _decode_call(
     q, k, v, *, state, a=None, b=None, A_log=None, dt_bias=None, g=None, beta=None,
     state_indices=None, scale=None, qk_l2norm=True, update_state=True, intermediate_states=None,
-    state_layout="vk", out=None, backend="auto",
+    intermediate_indices=None, state_layout="vk", out=None, backend="auto",
 ) -> tuple:  # fmt: skip
     """The arguments of the operator."""
     _tensors(q=q, k=k, v=v, state=state)
     _optional_tensors(
         a=a, b=b, A_log=A_log, dt_bias=dt_bias, g=g, beta=beta, state_indices=state_indices,
-        intermediate_states=intermediate_states, out=out,
+        intermediate_states=intermediate_states, intermediate_indices=intermediate_indices, out=out,
     )  # fmt: skip
     _flags(qk_l2norm=qk_l2norm, update_state=update_state)
     _words(state_layout=state_layout, backend=backend)
@@ -152,7 +156,7 @@ def _decode_call(
     return (
         q, k, v, gates, state, state_indices, intermediate_states,
         torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out,
-        _scale(scale, q), qk_l2norm, update_state, state_layout, backend,
+        _scale(scale, q), qk_l2norm, update_state, state_layout, intermediate_indices, backend,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from cutemoe.runtime.op import define
 DECODE_SCHEMA = (
     "gdn_decode(Tensor q, Tensor k, Tensor v, Tensor[] gates, Tensor(a!) state, "
     "Tensor? state_indices, Tensor(b!)? intermediate_states, Tensor(c!) out, float scale, "
-    "bool qk_l2norm, bool update_state, str state_layout, str backend) -> ()"
+    "bool qk_l2norm, bool update_state, str state_layout, Tensor? intermediate_indices, "
+    "str backend) -> ()"
 )
 VERIFY_SCHEMA = (
     "gdn_verify(Tensor q, Tensor k, Tensor v, Tensor[] gates, Tensor(a!) state, "
@@ -26,28 +27,29 @@ VERIFY_SCHEMA = (
 
 def decode_problem(
     q, k, v, gates, state, state_indices, intermediate_states, out, scale, qk_l2norm, update_state,
-    state_layout, backend,
+    state_layout, intermediate_indices, backend,
 ) -> Problem:  # fmt: skip
     """The validated problem of the operator's arguments."""
     return Problem.of_decode(
         q, k, v, gates, state, state_indices, intermediate_states, out, qk_l2norm, update_state,
-        state_layout,
+        state_layout, intermediate_indices,
     )  # fmt: skip
 
 
 def _decode(
     q, k, v, gates, state, state_indices, intermediate_states, out, scale, qk_l2norm, update_state,
-    state_layout, backend,
+    state_layout, intermediate_indices, backend,
 ) -> None:  # fmt: skip
     problem = Problem.of_decode(
         q, k, v, gates, state, state_indices, intermediate_states, out, qk_l2norm, update_state,
-        state_layout,
+        state_layout, intermediate_indices,
     )  # fmt: skip
     device = Device.of(q.device)
     chosen = choose("gdn_decode", plan.DECODE, problem, device, backend)
     tensors = GDNTensors(
-        q, k, v, tuple(gates), state, out, scale, state_indices, intermediate_states
-    )
+        q, k, v, tuple(gates), state, out, scale, state_indices, intermediate_states,
+        intermediate_indices=intermediate_indices,
+    )  # fmt: skip
     chosen.run(problem, device, tensors)
 
 

@@ -54,7 +54,7 @@ def configure(problem: Problem, device: Device) -> GDNConfig:
         block_v = min(max(2048 // columns, 4), 16)
         return GDNConfig(block_v, block_v, min(16, columns), 1)
     few = 256 * device.sm_count >= problem.B * problem.HV * problem.DV
-    small = (few and not problem.snapshots) or problem.dtype == "float32"
+    small = (few and not (problem.snapshots or problem.scattered)) or problem.dtype == "float32"
     cells = 1024 if small else 2048
     vector = min(wide, columns)
     block_k = min(64, columns)

@@ -33,6 +33,7 @@ class Problem:
         qk_l2norm: q and k are normalised.
         update: the final state is written back (decode).
         snapshots: the state after each token is written out (decode).
+        scattered: the state after each token goes to a slot of its own (decode).
         window: tokens a draft holds (verify), else None.
         record: dtype of the keys a draft records (verify), else None.
     """
@@ -52,6 +53,7 @@ class Problem:
     qk_l2norm: bool
     update: bool = False
     snapshots: bool = False
+    scattered: bool = False
     window: int | None = None
     record: str | None = None
 
@@ -69,6 +71,7 @@ class Problem:
         qk_l2norm: bool,
         update_state: bool,
         state_layout: str,
+        intermediate_indices: torch.Tensor | None = None,
     ) -> Problem:
         """The problem of a `gdn_decode` call; raises InvalidCall for the first bad argument."""
         B, T, _, DK, HV, DV = _check_inputs(q, k, v, gates, state, state_indices, state_layout)
@@ -80,10 +83,17 @@ class Problem:
             _shape("intermediate_states", x, (B, max(steps, T), HV, *rows), "at least T steps")
             _dtype("intermediate_states", x, (state.dtype,), "the dtype of state")
             _writable("intermediate_states", x, q)
+        if intermediate_indices is not None:
+            if intermediate_states is not None:
+                raise invalid("intermediate_indices", "None with intermediate_states", "both")
+            _shape("intermediate_indices", intermediate_indices, (B, T))
+            _dtype("intermediate_indices", intermediate_indices, INTEGERS)
+            _on_device("intermediate_indices", intermediate_indices, q)
         return cls(
             **_common(q, v, gates, state, state_indices, qk_l2norm, state_layout),
             update=update_state,
             snapshots=intermediate_states is not None,
+            scattered=intermediate_indices is not None,
         )
 
     @classmethod

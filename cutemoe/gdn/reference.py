@@ -115,6 +115,11 @@ def gdn_decode(problem: Problem, config: None, x: GDNTensors) -> None:
     if x.intermediate_states is not None:
         target = _vk(x.intermediate_states, problem)[:, : problem.T]
         target.copy_(torch.where(_like(live, target), run.states.to(target.dtype), target))
+    if x.intermediate_indices is not None:
+        to = x.intermediate_indices.long()
+        stored = (to >= 0) & (to < problem.slots) & live[:, None]
+        to = to.clamp(0, problem.slots - 1).flatten()
+        _write_rows(pool, to, stored.flatten(), run.states.flatten(0, 1).to(pool.dtype))
     if problem.update:
         _write_rows(pool, slots, live, run.states[:, -1].to(pool.dtype))
 

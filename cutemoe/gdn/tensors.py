@@ -30,6 +30,7 @@ class GDNTensors:
         scale: factor of q.
         state_indices: integer [B] or None.
         intermediate_states: [B, steps, HV, ...] laid out as state, or None (decode).
+        intermediate_indices: integer [B, T] or None (decode).
         draft, num_accepted: the open windows and integer [B] (verify).
     """
 
@@ -44,6 +45,7 @@ class GDNTensors:
     intermediate_states: torch.Tensor | None = None
     draft: DraftTensors | None = None
     num_accepted: torch.Tensor | None = None
+    intermediate_indices: torch.Tensor | None = None
 
     def opened(self) -> tuple[DraftTensors, torch.Tensor]:
         """draft and num_accepted of a verify call."""

@@ -5,7 +5,7 @@ from cutemoe.integrations import hf
 
 hf.quantize_experts_(model, format="mxfp4")   # experts in place; the dense parameters are freed
 hf.patch(model)                               # gated delta net decoding; dense experts if any
-model.generate(...)
+model.generate(...)                           # with assistant_model= as well
 hf.unpatch(model)                             # the model as it was
 ```
 
@@ -64,7 +64,7 @@ _check_version(transformers.__version__)
 # older versions lack what these import
 from transformers.integrations.moe import ExpertsInterface  # noqa: E402
 
-from cutemoe.integrations import hf_checkpoint  # noqa: E402
+from cutemoe.integrations import hf_checkpoint, hf_speculation  # noqa: E402
 from cutemoe.integrations.hf_checkpoint import IMPLEMENTATION, load  # noqa: E402
 
 FORMATS = ("mxfp4", "nvfp4", "int4")
@@ -75,7 +75,14 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 ExpertsInterface.register(IMPLEMENTATION, hf_experts.experts_forward)
 
 
-def patch(model: Model, *, experts: bool = True, gdn: bool = True, backend: str = "auto") -> Model:
+def patch(
+    model: Model,
+    *,
+    experts: bool = True,
+    gdn: bool = True,
+    max_draft_tokens: int = hf_speculation.MAX_DRAFT_TOKENS,
+    backend: str = "auto",
+) -> Model:
     """Lets a model's experts and gated delta nets run on cutemoe, in place, and only that model's.
 
     Dense experts run on the model's own parameters, as they are at each call. Where the layer
@@ -83,6 +90,8 @@ def patch(model: Model, *, experts: bool = True, gdn: bool = True, backend: str 
     at a time; shapes and values stay, and so does the memory taken. Experts quantized with
     `quantize_experts_` run as they are. Gated delta nets decode with `cutemoe.gdn_decode`, which
     updates the states of the model's cache in place; their prompts stay transformers'.
+    `generate(..., assistant_model=draft)` then works on a model with gated delta nets, whose tokens
+    `cutemoe.gdn_verify` verifies; a draft model with gated delta nets is patched as well.
     transformers keeps the experts implementation in `model.config`: models that share one
     configuration object share it too.
 
@@ -90,6 +99,8 @@ def patch(model: Model, *, experts: bool = True, gdn: bool = True, backend: str 
         model: a transformers model in bfloat16 or float16.
         experts: whether to take the experts.
         gdn: whether to take the gated delta nets.
+        max_draft_tokens: the longest window of tokens that assisted generation can take back, at
+            least `num_assistant_tokens` + 1.
         backend: as in `cutemoe.fused_moe`.
 
     Returns:
@@ -102,6 +113,8 @@ def patch(model: Model, *, experts: bool = True, gdn: bool = True, backend: str 
     _check_model(model)
     if not experts and not gdn:
         raise invalid("gdn", "True where experts is False", gdn)
+    if not isinstance(max_draft_tokens, int) or max_draft_tokens < 1:
+        raise invalid("max_draft_tokens", "an integer of at least 1", repr(max_draft_tokens))
     moe = hf_experts.layers(model) if experts else []
     nets = hf_gdn.layers(model) if gdn else []
     if not moe and not nets:
@@ -113,6 +126,8 @@ def patch(model: Model, *, experts: bool = True, gdn: bool = True, backend: str 
         hf_experts.prepare_dense(name, layer, backend)
     for _, layer in nets:
         hf_gdn.patch_layer(layer, backend)
+    if nets:
+        hf_speculation.patch_model(model, max_draft_tokens)
     if moe:
         _switch_on(model)
     return model
@@ -129,6 +144,7 @@ def unpatch(model: Model) -> Model:
         hf_experts.forget_dense(layer)
     for _, layer in hf_gdn.layers(model):
         hf_gdn.unpatch_layer(layer)
+    hf_speculation.unpatch_model(model)
     if not any(hf_experts.is_packed(layer) for layer in layers):
         _switch_off(model)
     return model
