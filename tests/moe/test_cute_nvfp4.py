@@ -103,7 +103,7 @@ def test_where_it_is_not_available():
     ],
 )
 def test_weights_sit_where_their_back_end_wants_them(activations, backend, device, where):
-    assert weight_layout(activations, backend, device) == where
+    assert weight_layout("nvfp4", activations, backend, device) == where
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 64), (96, 80), (48, 16), (300, 272)])
