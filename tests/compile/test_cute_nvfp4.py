@@ -126,6 +126,16 @@ def test_the_ptx_of_sm120_assembles_for_sm90_without_its_two_instructions(kind):
         assert "0 bytes spill stores" in assembled(text)
 
 
+@pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
+def test_the_emulation_compiles_beside_the_instruction(arch):
+    device = Device("cuda", 0, arch, int(arch.strip("sm_a")), 48, plan.SMEM_LIMIT, True)
+    c = plan.configure_emulated(REAL, device)
+    for build, config in (("build_fc1", c.fc1), ("build_fc2", c.fc2)):
+        found = ask(build, config, arch)
+        assert found["local_bytes"] == 0
+        assert count(found, r"OMMA\S*") == 0 and count(found, "HMMA") > 0
+
+
 def test_sm_80_has_no_conversion_and_needs_none():
     config = configuration("decode", "sm_80")
     for build, c in (("build_quantise", config.rows), ("build_fc1", config.fc1)):

@@ -161,6 +161,17 @@ def test_tiles_fit_the_workspace_and_sm120(tokens):
     assert m == (16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 96 else 128)
 
 
+def test_the_launch_style_follows_one_table(monkeypatch):
+    assert [n for n, _ in cute_nvfp4_plan.STYLES] == sorted(n for n, _ in cute_nvfp4_plan.STYLES)
+    assert cute_nvfp4_plan.style_of(cute_nvfp4_plan.MAX_INDEX) == "pipeline"
+    most = cute_nvfp4_plan.MAX_INDEX
+    monkeypatch.setattr(
+        cute_nvfp4_plan, "STYLES", ((16, "static"), (640, "dynamic"), (most, "pipeline"))
+    )
+    styles = [cute_nvfp4_plan.style_of(n) for n in (1, 16, 17, 640, 641, most)]
+    assert styles == ["static", "static", "dynamic", "dynamic", "pipeline", "pipeline"]
+
+
 def test_scratch_is_compact():
     """256 experts, 1024 routed rows, H = 7168, I = 2048: what the GEMMs read is 5.4 MB."""
     parts = layout(128, 8, 256, 7168, 2048, "nvfp4", True, codes=True).parts
