@@ -11,20 +11,13 @@ Layout `rows`: bytes as in the checkpoint, low nibble first, decoded nibble by n
 import triton
 import triton.language as tl
 
+from cutemoe.layouts import sm80_w4
+
 # e2m1 bits in place read as code * 2^-126; -0 is the addend of a product that keeps its sign
 _E2M1_BF16 = tl.constexpr(
-    """{
-.reg .b32 t, u;
-and.b32 $0, $4, 0x81C081C0;
-shl.b32 t, $4, 4;
-and.b32 $1, t, 0x81C081C0;
-shf.r.wrap.b32 t, $4, $4, 6;
-and.b32 $2, t, 0x81C081C0;
-shf.r.wrap.b32 t, $4, $4, 2;
-and.b32 t, t, 0x81808180;
-shl.b32 u, $4, 6;
-lop3.b32 $3, u, 0x00400040, t, 0xEA;
-mov.b32 t, 0x80008000;
+    "{\n"
+    + sm80_w4.PLACE_BF16
+    + """mov.b32 t, 0x80008000;
 fma.rn.bf16x2 $0, $0, $5, t;
 fma.rn.bf16x2 $1, $1, $6, t;
 fma.rn.bf16x2 $2, $2, $7, t;

@@ -32,6 +32,14 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     """The Triton back end of `fused_moe`."""
     if problem.tokens == 0:
         return
+    w = sorted_rows(problem, config, t)
+    mid = _fc1(problem, config, t, w)
+    _fc2(problem, config, t, w, mid)
+    combine.combine(w["y"], t.ids, t.weights, t.out, problem.experts, problem.expert_offset)
+
+
+def sorted_rows(problem: Problem, config: MoEConfig, t: MoETensors) -> dict[str, torch.Tensor]:
+    """Parts of the workspace by name, after the launch that sorts the slots into them."""
     plan = layout_of(problem)
     buffer = t.workspace
     if buffer is None:
@@ -40,12 +48,10 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
     # y is free until FC2
     sort.sort(t.ids, problem.experts, problem.expert_offset, config.block_m, rows, w["y"])
-    mid = _fc1(problem, config, t, w)
-    _fc2(problem, config, t, w, mid)
-    combine.combine(w["y"], t.ids, t.weights, t.out, problem.experts, problem.expert_offset)
+    return w
 
 
-def _most_tiles(problem: Problem, config: MoEConfig) -> int:
+def most_tiles(problem: Problem, config: MoEConfig) -> int:
     """Most tiles that the rows can need, however they fall."""
     rows = problem.tokens * problem.top_k
     active = min(problem.experts, rows)
@@ -92,7 +98,7 @@ def _fc1(
     multiply(
         spec,
         config.fc1.warps,
-        _most_tiles(problem, config),
+        most_tiles(problem, config),
         x,
         t.w13,
         w["mid"],
@@ -140,7 +146,7 @@ def _fc2(
     multiply(
         spec,
         config.fc2.warps,
-        _most_tiles(problem, config),
+        most_tiles(problem, config),
         mid,
         t.w2,
         w["y"],

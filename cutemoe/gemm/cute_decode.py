@@ -10,25 +10,14 @@ from cutlass import Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-# $0..$3 pairs, $4 codes, $5.. multipliers; {{half}}: row g takes the low half, row g + 8 the high
-_PLACE = """{
-.reg .b32 t, u;
-and.b32 $0, $4, 0x81C081C0;
-shl.b32 t, $4, 4;
-and.b32 $1, t, 0x81C081C0;
-shf.r.wrap.b32 t, $4, $4, 6;
-and.b32 $2, t, 0x81C081C0;
-shf.r.wrap.b32 t, $4, $4, 2;
-and.b32 t, t, 0x81808180;
-shl.b32 u, $4, 6;
-lop3.b32 $3, u, 0x00400040, t, 0xEA;
-"""
+from cutemoe.layouts import sm80_w4
 
 
 def _scaled(h: int, operands: tuple[int, int, int, int]) -> str:
     """The block of PTX that multiplies pair i by half h of multiplier operands[i]."""
     half = ("lo", "hi")[h]
-    lines = [_PLACE]
+    # $0..$3 pairs, $4 codes, $5.. multipliers: row g takes their low half, row g + 8 the high one
+    lines = ["{\n", sm80_w4.PLACE_BF16]
     for n in sorted(set(operands)):
         lines.append(
             f".reg .b16 lo{n}, hi{n};\n.reg .b32 m{n};\nmov.b32 {{lo{n}, hi{n}}}, ${n};\n"
@@ -52,46 +41,54 @@ def _run(ptx: str, operands, *, loc=None, ip=None):
     return tuple(Uint32(llvm.extractvalue(i32, out, [i], loc=loc, ip=ip)) for i in range(4))
 
 
-class Mxfp4:
-    """Groups of 32: one scale word a unit, for rows g and g + 8 and both halves of the columns."""
+class Hook:
+    """A format: its scale words, and what a decoded row still lacks.
+
+    `multipliers` turns the scale words of a unit into what `pairs` takes, for each 32 columns.
+
+    Attributes:
+        words: scale words of rows g and g + 8 a unit.
+        power: multiplies the sums.
+    """
+
+    words: int
+    power: float
+    # by row g or g + 8: a block of PTX
+    ptx: tuple[str, str]
+
+    @classmethod
+    def pairs(cls, word, scale, h):
+        """Codes of 32 columns of row g + 8 h -> bf16 values of pairs 0..3."""
+        return _run(cls.ptx[h], (word, *scale))
+
+
+class Mxfp4(Hook):
+    """Groups of 32: one scale word a unit, for both halves of the columns."""
 
     words = 1
-    # what the sums still have to be multiplied by
     power = 1.0
-    _PTX = tuple(_scaled(h, (5, 5, 5, 5)) for h in range(2))
+    ptx = (_scaled(0, (5, 5, 5, 5)), _scaled(1, (5, 5, 5, 5)))
 
     @staticmethod
     def multipliers(words):
-        """Scale words of a unit -> for each 32 columns what `pairs` takes."""
         w = words[0]
         turned = cute.arch.shf(w, w, 8, kind="l")
         return tuple((x & Uint32(0x7F807F80),) for x in (w, turned))
 
-    @classmethod
-    def pairs(cls, word, scale, h):
-        """Codes of 32 columns of row g + 8 h -> bf16 values of pairs 0..3."""
-        return _run(cls._PTX[h], (word, *scale))
 
-
-class Nvfp4:
+class Nvfp4(Hook):
     """Groups of 16: a scale word for each 32 columns."""
 
     words = 2
     power = 128.0
-    _PTX = tuple(_scaled(h, (5, 5, 6, 6)) for h in range(2))
+    ptx = (_scaled(0, (5, 5, 6, 6)), _scaled(1, (5, 5, 6, 6)))
 
     @staticmethod
     def multipliers(words):
-        """Scale words of a unit -> for each 32 columns what `pairs` takes."""
         pairs = ((w, cute.arch.shf(w, w, 8, kind="l")) for w in words)
         return tuple(
             tuple((x & Uint32(0x0FF00FF0)) | Uint32(0x70007000) for x in pair) for pair in pairs
         )
-
-    @classmethod
-    def pairs(cls, word, scale, h):
-        """Codes of 32 columns of row g + 8 h -> bf16 values of pairs 0..3."""
-        return _run(cls._PTX[h], (word, *scale))
 
 
 HOOKS = {"mxfp4": Mxfp4, "nvfp4": Nvfp4}

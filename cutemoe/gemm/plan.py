@@ -81,9 +81,11 @@ def refuse_weights(
 
 def refuse_triton(problem: GemmProblem, device: Device) -> str | None:
     """Why the Triton kernel does not run this problem, or None."""
-    why = refuse_weights(problem, TRITON_WEIGHTS, "x in")
-    if why is not None:
-        return why
+    return refuse_weights(problem, TRITON_WEIGHTS, "x in") or _refuse_sizes(problem)
+
+
+def _refuse_sizes(problem: GemmProblem) -> str | None:
+    """Why the kernels that tile the rows do not take so many, or None."""
     if problem.groups > MAX_GROUPS:
         return f"groups <= {MAX_GROUPS}, got {problem.groups}"
     if problem.rows > MAX_ROWS:
@@ -164,13 +166,7 @@ def configure_cute(problem: GemmProblem, device: Device) -> cute_plan.Tile:
 def refuse_cute(problem: GemmProblem, device: Device) -> str | None:
     """Why the CuTe kernel does not run this problem, or None."""
     why = cute_plan.refuse(problem.weight, problem.activations, problem.layout)
-    if why is not None:
-        return why
-    if problem.groups > MAX_GROUPS:
-        return f"groups <= {MAX_GROUPS}, got {problem.groups}"
-    if problem.rows > MAX_ROWS:
-        return f"rows <= {MAX_ROWS}, got {problem.rows}"
-    return None
+    return why or _refuse_sizes(problem)
 
 
 BACKENDS = (

@@ -71,6 +71,20 @@ BITS = {
 }
 
 
+# PTX for one word of "bf16": pairs of codes 0..3 of $4 where bf16 wants them, in $0..$3
+PLACE_BF16 = """.reg .b32 t, u;
+and.b32 $0, $4, 0x81C081C0;
+shl.b32 t, $4, 4;
+and.b32 $1, t, 0x81C081C0;
+shf.r.wrap.b32 t, $4, $4, 6;
+and.b32 $2, t, 0x81C081C0;
+shf.r.wrap.b32 t, $4, $4, 2;
+and.b32 t, t, 0x81808180;
+shl.b32 u, $4, 6;
+lop3.b32 $3, u, 0x00400040, t, 0xEA;
+"""
+
+
 def steps(k: int) -> tuple[int, ...]:
     """Columns of half-words of every block of a row of k codes, k a multiple of 16."""
     full, rest = divmod(k, BLOCK)

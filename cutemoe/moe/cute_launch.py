@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from cutemoe.gemm.cute_launch import multiply
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.tensors import MoETensors
-from cutemoe.moe.workspace import layout_of
-from cutemoe.triton_kernels import combine, sort
+from cutemoe.triton_kernels import combine
+from cutemoe.triton_kernels.moe import most_tiles, sorted_rows
 
 if TYPE_CHECKING:
     from cutemoe.moe.plan import MoEConfig
@@ -30,18 +28,9 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     """The CuTe back end of `fused_moe`."""
     if problem.tokens == 0:
         return
-    plan = layout_of(problem)
-    buffer = t.workspace
-    if buffer is None:
-        buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=t.x.device)
-    w = plan.views(buffer)
-    rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
-    # y is free until FC2
-    sort.sort(t.ids, problem.experts, problem.expert_offset, config.block_m, rows, w["y"])
+    w = sorted_rows(problem, config, t)
     work = (w["sorted_slots"], w["tiles"], w["tile_count"])
-    routed = problem.tokens * problem.top_k
-    active = min(problem.experts, routed)
-    most = active + (routed - active) // config.block_m
+    most = most_tiles(problem, config)
     multiply(
         config.fc1,
         most,
