@@ -156,6 +156,8 @@ def gdn_calls(heads: Heads, state: torch.dtype, sizes: list[int]) -> Iterator[Ca
                 {},
                 {"intermediate_states": snaps},
                 {"intermediate_states": snaps, "update_state": False},
+                {"intermediate_indices": _meta(B, T, dtype=torch.int32)},
+                {"intermediate_indices": _meta(B, T, dtype=torch.int32), "update_state": False},
             )
             for more in modes:
                 yield lambda x=x, more=more: cutemoe.gdn_decode(**x, **more)

@@ -27,6 +27,7 @@ def arguments() -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
     combined = {"TOP_K": 2, "BLOCK": 64, "PORTABLE": False, "num_warps": 4}
     rounded = {"FORMAT": "fp8", "DIVIDE": 0, "SORTED": False, "BINS": 2, "BLOCK": 64}
     view = gdn.view(bf16.view(4, 1, 16, 64))
+    snaps = gdn.snapshots_of(bf16.view(4, 1, 16, 64), None)
     gate = gdn.Gate(f32[:16], 1, f32[:16], 1)
     pool = gdn.Pool(f32, 1, 4096, 64)
     sizes = {"SIZE": (64, 64), "TILE": (16, 2, 64, 4, False), "GROUP": 1, "L2NORM": True}
@@ -41,12 +42,22 @@ def arguments() -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
         "none": (quantize.quantize_rows, (bf16, bf16, f32, None, None, None, 64, 64, 1), rounded),
         "nested": (
             gdn.gdn_decode_kernel,
-            (*state, gate, pool, gdn.Index(i32, 1), gdn.view(None), view, 1, 1, 0.125),
+            (
+                *state,
+                gate,
+                pool,
+                gdn.Index(i32, 1),
+                gdn.snapshots_of(None, None),
+                view,
+                1,
+                1,
+                0.125,
+            ),
             sizes,
         ),
         "nested without": (
             gdn.gdn_decode_kernel,
-            (*state, None, pool, gdn.Index(None, 0), view, view, 32, 16, 1.0),
+            (*state, None, pool, gdn.Index(None, 0), snaps, view, 32, 16, 1.0),
             sizes,
         ),
     }
