@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# HQ, HV, DK, DV, dtype, state, layout, raw gates, l2norm, B, T, snapshots, update
+# HQ, HV, DK, DV, dtype, state, layout, raw gates, l2norm, B, T, snapshots or "slots", update
 DECODE = {
     "snapshots": (16, 32, 128, 128, BF16, F32, "vk", True, True, 4, 4, True, False),
+    "slots": (16, 32, 128, 128, BF16, F32, "vk", True, True, 4, 4, "slots", False),
     "update": (16, 32, 128, 128, BF16, F32, "vk", True, True, 64, 1, False, True),
     "bf16 state": (16, 32, 128, 128, BF16, BF16, "vk", True, True, 64, 8, False, True),
     "kv": (16, 32, 128, 128, BF16, F32, "kv", True, True, 64, 4, False, True),
@@ -93,9 +94,12 @@ def compile_call(op: str, name: str, device: Any) -> dict[str, Any]:
     HQ, HV, DK, DV, dtype, state, layout, raw, l2norm, B, T = c[:11]
     q, k, v, gates, pool, index, out = tensors(HQ, HV, DK, DV, dtype, state, layout, raw, B, T)
     if op == "decode":
-        snap = pool.new_zeros(B, T, *pool.shape[1:]) if c[11] else None
-        problem = Problem.of_decode(q, k, v, gates, pool, index, snap, out, l2norm, c[12], layout)
-        x = GDNTensors(q, k, v, tuple(gates), pool, out, 0.1, index, snap)
+        snap = pool.new_zeros(B, T, *pool.shape[1:]) if c[11] is True else None
+        to = index.new_zeros(B, T) if c[11] == "slots" else None
+        problem = Problem.of_decode(
+            q, k, v, gates, pool, index, snap, out, l2norm, c[12], layout, to
+        )
+        x = GDNTensors(q, k, v, tuple(gates), pool, out, 0.1, index, snap, intermediate_indices=to)
         module, kernel = gdn, "gdn_decode_kernel"
     else:
         draft = GDNDraft.allocate(
