@@ -71,6 +71,7 @@ class Mxfp4(Hook):
 
     @staticmethod
     def multipliers(words):
+        """Scale words of a unit -> for each 32 columns what `pairs` takes."""
         w = words[0]
         turned = cute.arch.shf(w, w, 8, kind="l")
         return tuple((x & Uint32(0x7F807F80),) for x in (w, turned))
@@ -85,6 +86,7 @@ class Nvfp4(Hook):
 
     @staticmethod
     def multipliers(words):
+        """Scale words of a unit -> for each 32 columns what `pairs` takes."""
         pairs = ((w, cute.arch.shf(w, w, 8, kind="l")) for w in words)
         return tuple(
             tuple((x & Uint32(0x0FF00FF0)) | Uint32(0x70007000) for x in pair) for pair in pairs

@@ -15,7 +15,7 @@ LAYOUT = "sm90_rs_w4"
 SMEM_BYTES = 232448
 # most tokens that an expert can expect -> sizes of a tile
 ROWS = (
-    (6.5, (8, 16)),
+    (8.5, (8, 16)),
     (12.0, (8, 16, 24)),
     (25.0, (16, 24, 32, 40)),
     (33.0, (24, 32, 40, 48)),
