@@ -60,7 +60,7 @@ def count(c: dict[str, Any], opcode: str) -> int:
 
 
 def cases(*kinds: str) -> list[tuple[str, str]]:
-    """Kinds with architectures; sm_121a, whose instructions are those of sm_120a, with the first."""
+    """Kinds with architectures; sm_121a, with the instructions of sm_120a, only for the first."""
     return [(k, a) for k in kinds for a in ARCHS if a != "sm_121a" or k == kinds[0]]
 
 
