@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cutemoe.gemm import cute_plan
@@ -93,6 +94,7 @@ def _refuse_sizes(problem: GemmProblem) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def configure_triton(problem: GemmProblem, device: Device) -> GemmConfig:
     """Tile for the Triton kernel, from the rows that a group can expect."""
     p, active = problem, min(problem.rows, problem.groups)
@@ -156,6 +158,7 @@ def choose_tile(form: WeightForm, block_m: int, outputs: int, device: Device) ->
     return GemmConfig(block_m, block_n, 128, 8 if wide else 4, 4 if block_m == 16 else 3)
 
 
+@lru_cache(maxsize=1024)
 def configure_cute(problem: GemmProblem, device: Device) -> cute_plan.Tile:
     """Tile of the CuTe kernel, from the rows that a group can expect."""
     rows = cute_plan.choose_rows(problem.rows / problem.groups)

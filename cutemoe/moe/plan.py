@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cutemoe.gemm import cute_plan
@@ -61,6 +62,7 @@ def refuse_cute(problem: Problem, device: Device) -> str | None:
     return why or _refuse_routing(problem)
 
 
+@lru_cache(maxsize=1024)
 def configure_cute(problem: Problem, device: Device) -> MoEConfig:
     """Tiles for the CuTe kernels, from the rows and the experts that can be expected."""
     p = problem
@@ -85,6 +87,7 @@ def _refuse_routing(problem: Problem) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def configure_triton(problem: Problem, device: Device) -> MoEConfig:
     """Tiles for the Triton kernels, from the rows that an expert can expect."""
     p = problem
