@@ -109,7 +109,7 @@ class ExpertGemm:
                 self.load_tokens(mX, mW, work, shared, full, empty, blocks, total, top_k)
         else:
             cute.arch.setmaxregister_increase(self.t.registers[1])
-            self.multiply(mX, mW, extras, work, mO, params, shared, full, empty, blocks, total)
+            self.multiply(mW, extras, work, mO, params, shared, full, empty, blocks, total)
 
     # ---- load
 
@@ -218,7 +218,7 @@ class ExpertGemm:
     # ---- math
 
     @cute.jit
-    def multiply(self, mX, mW, extras, work, mO, params, shared, full, empty, blocks, total):
+    def multiply(self, mW, extras, work, mO, params, shared, full, empty, blocks, total):
         """All items of this warpgroup, each with the width that its tokens need."""
         mT = work[1]
         done = Int32(0)

@@ -152,7 +152,8 @@ def fused_moe(
         activation: SwiGLU or GeGLU for gated layers, ReLU2 for ungated ones.
         expert_offset: id of the first of the E experts in moe.
         out: [T, H] to write to, of the dtype of x.
-        workspace: scratch memory of sufficient size; with it and out, nothing is allocated.
+        workspace: scratch memory of sufficient size; with it and out, nothing is allocated, but for
+            a copy of x in back end "cute" where its rows do not start at multiples of 16 bytes.
         deterministic: False allows a back end to give other bits in each run.
         backend: "auto" (then moe.backend), "triton" or "reference".
 

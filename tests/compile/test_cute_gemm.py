@@ -68,11 +68,15 @@ def test_compiles_into_registers_and_wgmma(weight, mean, kind):
 
 @pytest.mark.parametrize("mean", MEANS)
 def test_the_main_loop_keeps_its_budget(mean):
-    """Instructions a 4-bit weight of a lane: at most 2.62 (the goal is 2.6)."""
+    """Instructions a 4-bit weight of a lane: conversion at most 2.0, all at most 2.62.
+
+    The goal for all is 2.6; the tile of a mean of 24 has 2.61.
+    """
     config = Config("mxfp4", shipped("mxfp4", mean), **SWIGLU)
     weights = 64 * config.tile.blocks
     found = main_loop(worker().ask(BUILD, config, "sm_90a")["sass"], weights)
-    convert = sum(found[name] for name in ("LOP3", "SHF", "HMUL2"))
+    # shifts to the left run as IMAD; its few other uses in the loop count against the budget
+    convert = sum(found[name] for name in ("LOP3", "SHF", "IMAD", "HMUL2")) / weights
     assert found["HMUL2"] == weights // 2
-    print(f"mean {mean}: {sum(found.values()) / weights:.2f} a weight, {convert / weights:.2f} in")
-    assert sum(found.values()) / weights <= 2.62
+    print(f"mean {mean}: {sum(found.values()) / weights:.2f} a weight, {convert:.2f} in")
+    assert convert <= 2.0 and sum(found.values()) / weights <= 2.62
