@@ -3,11 +3,13 @@
 `python perf/hf_check.py` builds a few layers of gpt-oss-20b and Qwen3-Next on the GPU, no download,
 and prints one json line for each comparison: tokens of generate(), errors of the logits against
 float32, tokens a second. `--tiny --device cpu` runs the same code on small layers. The exit code
-is 1 if errors are over the bound: twice those of the torch path in the same dtype, plus one ulp.
+is 1 if errors are over the bound, twice those of the torch path in the same dtype, plus one ulp, or
+if tokens differ that must not.
 
-Tokens of random bfloat16 models differ where two tokens, or the last expert chosen and the next
-one, are closer than the roundings of either model: each first difference is printed with the gap
-in the float32 model and the error of the unmodified model at that step.
+Tokens of random models differ where two tokens, or the last expert chosen and the next one, are
+closer than the roundings of either model. A step is decided if in the float32 model the best token
+leads by more than twice the largest error of the unmodified model at that step: tokens must be
+equal up to a row's first undecided step. Each first difference is printed with its gap and errors.
 """
 
 from __future__ import annotations
@@ -118,14 +120,14 @@ def words(text: str) -> list[str]:
 
 
 class Report:
-    """Prints json lines, keeps them in a file if asked, and remembers whether any bound failed."""
+    """Prints json lines, keeps them in a file if asked, and remembers whether any check failed."""
 
     def __init__(self, out: Path | None, common: dict[str, Any]) -> None:
         self.out, self.common, self.failed = out, common, False
 
     def line(self, **values: Any) -> None:
         """One record."""
-        self.failed |= values.get("within_bound") is False
+        self.failed |= False in (values.get("within_bound"), values.get("decided_equal"))
         text = json.dumps(self.common | values, default=str)
         print(text, flush=True)
         if self.out is not None:
@@ -221,7 +223,10 @@ def compare(peer: Seen, ours: Seen, want: torch.Tensor, dtype: torch.dtype) -> d
     means = [float(e.square().mean().sqrt()) for e in (e_peer, e_ours)]
     slack = float(ulp.square().mean().sqrt())
     within = bool(((e_ours - ulp).max() <= 2 * peaks[0]) & (means[1] <= 2 * means[0] + slack))
+    sure = decided(peer, want)
     return {
+        "decided_steps": f"{int(sure.sum())}/{sure.numel()}",
+        "decided_equal": bool((~sure | (peer.greedy == ours.greedy)).all()),
         "greedy_rows_equal": f"{rows_equal(peer.greedy, ours.greedy)}/{len(want)}",
         "sampled_rows_equal": f"{rows_equal(peer.sampled, ours.sampled)}/{len(want)}",
         "first_differences": differences(peer, ours, want),
@@ -231,6 +236,13 @@ def compare(peer: Seen, ours: Seen, want: torch.Tensor, dtype: torch.dtype) -> d
         "ratio": {"max": peaks[1] / peaks[0], "rms": means[1] / means[0]},
         "within_bound": within,
     }
+
+
+def decided(peer: Seen, want: torch.Tensor) -> torch.Tensor:
+    """bool [B, N]: steps before a row's first one that the roundings of `peer` could change."""
+    error = (peer.logits - want).abs().amax(-1)
+    best, second = want.topk(2, -1).values.unbind(-1)
+    return (best - second > 2 * error).cummin(1).values
 
 
 def rows_equal(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -110,11 +110,14 @@ def test_a_graph_capture_compiles_nothing(tmp_path: Path, monkeypatch: Any) -> N
     monkeypatch.setenv("CUTEMOE_CACHE_DIR", str(tmp_path))
     swiglu = cutemoe.SwiGLU(alpha=torch.ones(4, device="cuda"), limit=5.0)
     before = build_count()
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(NotCompiled, match="CUDA graph capture"), torch.cuda.graph(graph):
+    with (
+        pytest.raises(NotCompiled, match="CUDA graph capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         cutemoe.fused_moe(x, moe, ids, w, activation=swiglu)
     assert build_count() == before
     want = cutemoe.fused_moe(x, moe, ids, w, activation=swiglu)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), no_jit():
         got = cutemoe.fused_moe(x, moe, ids, w, activation=swiglu)
     graph.replay()
