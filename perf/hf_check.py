@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--speed-batches", default="1,16", help="a,b,...; empty: no timing")
     p.add_argument("--device", default="cuda")
     p.add_argument("--tiny", action="store_true", help="small layers, for a CPU")
+    p.add_argument("--commit", help="what to record; default: git's answer")
     p.add_argument("--out", type=Path, help="json lines file to append to")
     return p
 
@@ -389,7 +390,7 @@ def main() -> int:
         {
             "device": machine.device_name(device),
             "versions": machine.versions() | {"transformers": transformers.__version__},
-            "commit": machine.commit(),
+            "commit": args.commit or machine.commit(),
             "date": machine.now(),
         },
     )
