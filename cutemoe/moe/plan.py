@@ -66,12 +66,13 @@ def refuse_cute(problem: Problem, device: Device) -> str | None:
 def configure_cute(problem: Problem, device: Device) -> MoEConfig:
     """Tiles for the CuTe kernels, from the rows and the experts that can be expected."""
     p = problem
-    rows = cute_plan.choose_rows(p.tokens * p.top_k / p.experts)
+    recipe = cute_plan.Recipe(p.weight, p.group_size or 0, p.activations)
+    rows = cute_plan.choose_rows(p.tokens * p.top_k / p.experts, recipe)
     share = min(p.top_k / p.experts, 1.0)
     active = p.experts * (1.0 - (1.0 - share) ** p.tokens)
     outputs = (p.intermediate * (2 if p.gated else 1), p.hidden)
     fc1, fc2 = (
-        cute_plan.choose_tile(p.weight, rows, active * math.ceil(n / 64), device) for n in outputs
+        cute_plan.choose_tile(recipe, rows, active * math.ceil(n / 64), device) for n in outputs
     )
     return MoEConfig(rows[-1], fc1, fc2)
 
