@@ -146,15 +146,37 @@ def choose_rows(mean: float, recipe: Recipe) -> tuple[int, ...]:
     remainder where an expert needs several tiles; few sets, so that few kernels are compiled.
     Measured on one H200, 2026-11: perf/notes/hopper_gemm.md.
     """
-    table = ROWS
-    if recipe.partial:
-        table = ROWS_FP8 if recipe.activations == "fp8" else ROWS_INT4
+    table = tables(recipe)
     rows = next((rows for most, rows in table if mean <= most), table[-1][1])
     return SPILLED.get((recipe, rows), rows)
 
 
 # what ptxas does not fit into registers, and what it does
-SPILLED = {(Recipe("int4", 64, "fp8"), (16, 24, 32, 40)): (24, 32, 40, 48)}
+SPILLED: dict[tuple[Recipe, tuple[int, ...]], tuple[int, ...]] = {
+    (Recipe("int4", 64, "fp8"), (16, 24, 32, 40)): (24, 32, 40, 48)
+}
+
+
+def tables(recipe: Recipe) -> tuple[tuple[float, tuple[int, ...]], ...]:
+    """Most tokens that an expert can expect, and sizes of a tile, in ascending order."""
+    if not recipe.partial:
+        return ROWS
+    return ROWS_FP8 if recipe.activations == "fp8" else ROWS_INT4
+
+
+def near_rows(recipe: Recipe, rows: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Sizes of tiles beside these in the table of a recipe, smaller first."""
+    known = [SPILLED.get((recipe, r), r) for _, r in tables(recipe)]
+    at = known.index(rows) if rows in known else 0
+    return [known[i] for i in (at - 1, at + 1, at + 2) if 0 <= i < len(known)]
+
+
+def other_tiles(recipe: Recipe, tile: Tile) -> list[Tile]:
+    """Tiles of the same rows that cut the weights in another way."""
+    few = ((4, 1, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2))
+    many = ((2, 2, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2))
+    shapes = many if tile.block_m > MOST_ROWS_OF_FOUR else few
+    return [deepest(recipe, Tile(tile.rows, wg, blocks, 1, ctas)) for wg, blocks, ctas in shapes]
 
 
 def choose_tile(recipe: Recipe, rows: tuple[int, ...], blocks: float, device: Device) -> Tile:
