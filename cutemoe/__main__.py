@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
             c.add_argument(
                 "--preset", action="append", required=True, help="a model; may be given again"
             )
+            c.add_argument("--weights", help="formats, a,b,...; by default all of the preset")
             c.add_argument("--sizes", help="tokens of a call, a,b,...; by default 1 to 4096")
             c.add_argument("--seconds", type=float, default=300.0, help="for everything")
             c.add_argument("--out", help="folder of the table; by default beside the kernels")

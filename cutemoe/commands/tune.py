@@ -133,6 +133,7 @@ def tuned(
 def run(
     as_json: bool = False,
     preset: Iterable[str] = (),
+    weights: str | None = None,
     sizes: str | None = None,
     seconds: float = 300.0,
     out: str | None = None,
@@ -150,7 +151,13 @@ def run(
         return 2
     clock = GraphClock(place)
     deadline, done = time.monotonic() + seconds, []
-    cells = [(name, f, n) for name, layer in chosen.items() for f in layer.formats for n in tokens]
+    cells = [
+        (name, format, n)
+        for name, layer in chosen.items()
+        for format in layer.formats
+        for n in tokens
+        if weights is None or format[0] in weights.split(",")
+    ]
     bench: tuple[Any, Any] = (None, None)
     for number, (name, format, n) in enumerate(cells):
         left = deadline - time.monotonic()
