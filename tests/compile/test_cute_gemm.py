@@ -91,6 +91,15 @@ def waits(config: Config) -> int:
     return len(t.rows) * (count + 1)
 
 
+def loader_registers(sass: str) -> int:
+    """Registers that the warps that load name, between giving some away and the math's code."""
+    lines = sass.splitlines()
+    down, up = (i for i, line in enumerate(lines) if "USETMAXREG" in line)
+    assert "DEALLOC" in lines[down] and "ALLOC" in lines[up]
+    named = re.findall(r"\bR(\d+)(\.64)?\b", "\n".join(lines[down:up]))
+    return 1 + max(int(n) + bool(wide) for n, wide in named)
+
+
 @pytest.mark.parametrize(("recipe", "mean", "kind"), CASES, ids=str)
 def test_compiles_into_registers_and_wgmma(recipe, mean, kind):
     config = configured(recipe, mean, kind)
@@ -103,6 +112,7 @@ def test_compiles_into_registers_and_wgmma(recipe, mean, kind):
     assert found >= multiplies
     # more waits than the source asks for: ptxas has made multiplies one after the other
     assert c["sass"].count("WARPGROUP.DEPBAR") <= waits(config) * found / multiplies
+    assert loader_registers(c["sass"]) <= config.tile.registers[0]
     assert re.search(r"UBLKCP", c["sass"]) and re.search(r"LDGSTS\S*\.128", c["sass"])
 
 
@@ -127,12 +137,12 @@ def test_the_main_loop_keeps_its_budget(mean):
     ("recipe", "mean", "most"),
     [
         # as compiled, 2026-11; widening both operands to bf16 would take 2.5 and twice the wgmma
-        (W4A8, 1, 1.65),
-        (W4A8, 24, 1.88),
-        (W4A8, 96, 2.15),
-        (Recipe("mxfp4", 32, "fp8"), 1, 2.16),
-        (Recipe("mxfp4", 32, "fp8"), 24, 2.45),
-        (Recipe("int4", 128), 1, 2.47),
+        (W4A8, 1, 1.57),
+        (W4A8, 24, 1.67),
+        (W4A8, 96, 1.92),
+        (Recipe("mxfp4", 32, "fp8"), 1, 2.10),
+        (Recipe("mxfp4", 32, "fp8"), 24, 2.20),
+        (Recipe("int4", 128), 1, 2.43),
         (Recipe("mxfp4", 32, "fp16"), 1, 2.88),
     ],
     ids=str,
