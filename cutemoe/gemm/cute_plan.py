@@ -204,7 +204,9 @@ def deepest(recipe: Recipe, tile: Tile) -> Tile:
     """The tile with all the stages that shared memory holds, 16 at most."""
     one = Config(recipe, tile).smem_bytes
     each = Config(recipe, replace(tile, stages=2)).smem_bytes - one
-    return replace(tile, stages=min(16, 1 + (SMEM_BYTES // tile.ctas - one) // each))
+    # every CTA costs 1 KB more than it asks for
+    most = (SMEM_BYTES + 1024) // tile.ctas - 1024
+    return replace(tile, stages=min(16, 1 + (most - one) // each))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Refusals and configurations, as pure functions of a problem and a device."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from cutemoe.moe import plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.workspace import MIN_TILE_ROWS
+from cutemoe.runtime import tune
 from cutemoe.runtime.backend import choose, explain
 from cutemoe.runtime.device import Device
 from tests.moe.cases import SUPPORTED
@@ -221,6 +223,46 @@ def test_cute_tiles_fit_the_card(tokens, recipe):
         assert Config(recipe, tile).smem_bytes <= H200.smem_bytes and tile.lag < tile.stages
         load, math = tile.registers
         assert load + tile.warpgroups * math <= 512 // tile.ctas
+
+
+def problem_of(recipe: Recipe, tokens: int) -> Problem:
+    formats = {"weight": recipe.weight, "group_size": recipe.group}
+    return replace(GOOD, tokens=tokens, experts=128, activations=recipe.activations, **formats)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 1024, 4096])
+def test_what_is_searched_fits_the_card(tokens, recipe):
+    problem = problem_of(recipe, tokens)
+    assert CUTE.tuning is not None
+    with tune.trying(None):
+        start = CUTE.config(problem, H200)
+    for vary in CUTE.tuning.passes(problem, H200):
+        found = list(vary(start))
+        assert found and len(set(found)) == len(found)
+        for c in found:
+            assert c.block_m == c.fc1.block_m == c.fc2.block_m
+            for tile in (c.fc1, c.fc2):
+                assert (
+                    Config(recipe, tile).smem_bytes <= (H200.smem_bytes + 1024) // tile.ctas - 1024
+                )
+                assert tile.lag < tile.stages
+                load, math = tile.registers
+                assert load + tile.warpgroups * math <= 512 // tile.ctas
+
+
+def test_a_measured_configuration_stands_in_for_the_heuristic():
+    problem = problem_of(RECIPES[0], 64)
+    assert CUTE.tuning is not None
+    with tune.trying(None):
+        start = CUTE.config(problem, H200)
+        other = [c for vary in CUTE.tuning.passes(problem, H200) for c in vary(start)][-1]
+    # as a table holds it
+    plain = json.loads(json.dumps(CUTE.tuning.plain(other)))
+    with tune.trying(plain):
+        assert CUTE.config(problem, H200) == other != start
+    shape, size = CUTE.tuning.key(problem)
+    assert size == 64 and json.dumps(shape)
 
 
 @pytest.mark.parametrize(
