@@ -83,10 +83,15 @@ def _recipe(p: Problem) -> cute_plan.Recipe:
 
 
 def _tuned_key(p: Problem) -> tuple[dict[str, Any], int]:
-    """What a row of the table of tuned configurations is for, and its size: tokens."""
+    """What a row of the table of tuned configurations is for, and its size: tokens.
+
+    The heuristic's rows are part of it: calls with other ones are unlike, however near in size.
+    """
     names = ("weight", "group_size", "activations", "gated")
     names += ("hidden", "intermediate", "experts", "top_k")
-    return {name: getattr(p, name) for name in names}, p.tokens
+    shape = {name: getattr(p, name) for name in names}
+    rows = cute_plan.choose_rows(p.tokens * p.top_k / p.experts, _recipe(p))
+    return {**shape, "rows": " ".join(map(str, rows))}, p.tokens
 
 
 def _cute_passes(problem: Problem, device: Device) -> tuple[tune.Vary, ...]:

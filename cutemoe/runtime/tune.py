@@ -2,7 +2,8 @@
 
 A table is a file for an architecture and a number of multiprocessors, so that what is compiled
 ahead without a card is what runs on one. It has a row for an op, a shape and a size; a call takes
-the row of its shape with the least size at or above its own, and past the largest the heuristic.
+the row of its shape with the least size at or above its own, up to four times as large, and where
+there is none the heuristic.
 
 Rejected: tuning in the first call (it would stall serving, and ranks of a group would differ), the
 nearest row (a tile too small for a batch reads weights twice), and timing before checking (a
@@ -32,6 +33,8 @@ Config = TypeVar("Config")
 Vary = Callable[[Any], Iterable[Any]]
 
 SHIPPED = Path(__file__).parents[1] / "tuned"
+# a row serves sizes down to this share of its own
+REACH = 4
 # a candidate must be faster by this share: less is noise
 MARGIN = 0.01
 _TRIED: list[Mapping[str, Any] | None] = []
@@ -81,7 +84,7 @@ def find(op: str, device: Device, shape: Shape, size: int) -> Mapping[str, Any] 
     if _TRIED:
         return _TRIED[-1]
     rows = _table(device).get(_name(op, shape), ())
-    return next((row.config for row in rows if row.size >= size), None)
+    return next((row.config for row in rows if size <= row.size < REACH * size), None)
 
 
 def kept(configure: Callable[[Any, Device], Config]) -> Callable[[Any, Device], Config]:

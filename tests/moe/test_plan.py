@@ -285,3 +285,18 @@ def test_warpgroups_divide_the_blocks_evenly():
 def test_every_op_is_found():
     for op in ("route", "fused_moe", "grouped_gemm"):
         assert registry.backends(op)
+
+
+def test_the_shipped_table_is_found_and_fits():
+    """The row of 64 tokens of the headline shape, for the batches of its kind."""
+    layer = replace(GOOD, hidden=4096, intermediate=2048, experts=256, top_k=6)
+    layer = replace(layer, layout="sm90_rs_w4")
+    measured = CUTE.config(replace(layer, tokens=64), H200)
+    assert measured.block_m == 24 and measured.fc1.rows == (8, 16, 24)
+    assert CUTE.config(replace(layer, tokens=17), H200) == measured
+    # other rows by the heuristic, or too far below
+    for tokens in (16, 1025, 65):
+        config = CUTE.config(replace(layer, tokens=tokens), H200)
+        with tune.trying(None):
+            assert config == CUTE.config(replace(layer, tokens=tokens), H200)
+    assert Config(RECIPES[0], measured.fc1).smem_bytes <= H200.smem_bytes

@@ -34,20 +34,21 @@ def found(size: int, **changed):
 
 
 def test_a_call_takes_the_next_size_up():
-    tune.write(tune.file_of(tune.SHIPPED, CARD), rows(16, 1, 4))
-    assert [found(n) for n in (1, 2, 4, 5, 16)] == [
-        (1, "a"), (4, "a"), (4, "a"), (16, "a"), (16, "a")
+    tune.write(tune.file_of(tune.SHIPPED, CARD), rows(64, 1, 4))
+    assert [found(n) for n in (1, 2, 4, 17, 64)] == [
+        (1, "a"), (4, "a"), (4, "a"), (64, "a"), (64, "a")
     ]  # fmt: skip
-    assert found(17) is None and found(1, hidden=128) is None
+    # past the largest, far below the next, another shape
+    assert found(65) is None and found(16) is None and found(1, hidden=128) is None
     assert tune.find("other", CARD, SHAPE, 1) is None
 
 
 def test_a_table_is_of_one_architecture_and_size_of_card():
     tune.write(tune.file_of(tune.SHIPPED, CARD), rows(4))
     for other in (replace(CARD, arch=80), replace(CARD, sm_count=114)):
-        assert tune.find("op", other, SHAPE, 1) is None
+        assert tune.find("op", other, SHAPE, 4) is None
     # compiled ahead, a card has no name
-    assert tune.find("op", replace(CARD, name="sm_90a"), SHAPE, 1) is not None
+    assert tune.find("op", replace(CARD, name="sm_90a"), SHAPE, 4) is not None
 
 
 def test_rows_of_the_user_stand_in_place_of_shipped_ones(folders):
