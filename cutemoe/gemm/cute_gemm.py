@@ -19,7 +19,9 @@ Per item math: bias, activation, store, while the others are at the next items a
 Where scales multiply sums of a group (int4, and fp8), wgmma starts every group from zero in
 registers of its own. When the first step of the next group is decoded, a warpgroup waits for the
 sums and adds them, scaled, to its accumulators; the tensor core is busy with other warpgroups.
-FP8 sums of at most 128 columns stay within the 14 bits that the tensor core keeps.
+wgmma of fp8 aligns the products of 32 columns and the sum so far to the largest of them and cuts
+off what is more than 12 bits below it, which is why no sum runs over more than 128 columns: each
+product loses less than 2^-12 of the largest. tests/gemm/test_fp8_sums.py has the model.
 
 Sums run over k in ascending order whatever the tile, so a token has the same bits in every batch.
 """

@@ -8,6 +8,7 @@ import cutemoe
 from tests import strategies as draw
 from tests.close import assert_same
 from tests.gemm.cases import (
+    BITS,
     COMBINATIONS,
     X,
     call,
@@ -30,7 +31,7 @@ def check(target, format, kind, sizes, tail, seed, n=48, k=96, scale=None, prepa
     x_scale = None if scale is None else draw.powers_of_two((rows,) if scale else (), seed + 4)
     for g in range(len(sizes)):
         for row in x[offsets[g] : offsets[g + 1]]:
-            assert_order_free(row, values(w, torch.float64)[g])
+            assert_order_free(row, values(w, torch.float64)[g], BITS[kind])
     want = naive(x, w, offsets, x_scale)
     got = call(target, x, w, offsets, x_scale, prepared=prepared)
     assert_same(got, want.to(out_dtype(x)))
