@@ -1,4 +1,4 @@
-"""The command line: `cutemoe demo`, `selftest`, `doctor`, `compile` and `cache`."""
+"""The command line: `cutemoe demo`, `selftest`, `doctor`, `compile`, `tune` and `cache`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "selftest": "compare the FP4 instructions of SM120 and SM121 with their emulation, in one line",
     "doctor": "say what works on this machine, and why the rest does not",
     "compile": "compile the kernels of a preset ahead, for any architecture, without a GPU",
+    "tune": "measure the configurations of a preset's layers on this card and keep the fastest",
     "cache": "list, verify or clear the compiled kernels that are kept",
 }
 
@@ -32,6 +33,14 @@ def parser() -> argparse.ArgumentParser:
                 "--preset", action="append", required=True, help="a model; may be given again"
             )
             c.add_argument("--workers", type=int, help="processes; by default one a core")
+        if name == "tune":
+            c.add_argument(
+                "--preset", action="append", required=True, help="a model; may be given again"
+            )
+            c.add_argument("--weights", help="formats, a,b,...; by default all of the preset")
+            c.add_argument("--sizes", help="tokens of a call, a,b,...; by default 1 to 4096")
+            c.add_argument("--seconds", type=float, default=300.0, help="for everything")
+            c.add_argument("--out", help="folder of the table; by default beside the kernels")
         if name == "cache":
             c.add_argument("action", nargs="?", default="list", choices=("list", "verify", "clear"))
         if name in ("compile", "cache"):

@@ -13,6 +13,7 @@ from cutemoe.runtime import backend
 from cutemoe.runtime.backend import Explanation, Reason
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import Op
+from cutemoe.runtime.tune import Tuning
 
 OPS = {
     "route": "cutemoe.moe.api:ROUTE",
@@ -47,6 +48,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     found = _find(op)
     problem, device, requested = found.describe(*args, **kwargs)
     return backend.explain(found.name, found.backends, problem, Device.of(device), requested)
+
+
+def tuning(op: str, backend_name: str) -> Tuning | None:
+    """How configurations of a back end are searched, or None."""
+    return next((b.tuning for b in _find(op).backends if b.name == backend_name), None)
 
 
 def backends(

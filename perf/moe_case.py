@@ -33,8 +33,23 @@ def calls_of(bytes_of_a_call: float, tokens: int) -> int:
 
 
 def bytes_of_a_call(w: MoEWorkload, tokens: int) -> float:
-    """Weight bytes a call reads, on average."""
-    return expected_distinct(w.experts, w.top_k, tokens) * expert_bytes(w)
+    """Weight bytes a call reads, on average; of skewed routing the least it can."""
+    if w.skew == "none":
+        return expected_distinct(w.experts, w.top_k, tokens) * expert_bytes(w)
+    return w.top_k * expert_bytes(w)
+
+
+def draw_logits(logits: torch.Tensor, skew: str, generator: torch.Generator) -> None:
+    """Random logits [T, E] in place, with the preferences that MoEWorkload.skew names."""
+    if skew == "zipf":
+        # Gumbel noise: the largest k are k draws in proportion, without a repetition
+        logits.exponential_(generator=generator).log_().neg_()
+        rank = torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)
+        logits.sub_(rank.log_())
+        return
+    logits.normal_(generator=generator)
+    if skew == "one":
+        logits[:, 0] += 100.0
 
 
 def sets_of(w: MoEWorkload, batches: tuple[int, ...], memory: float = MEMORY) -> int:
@@ -174,7 +189,7 @@ class MoECase:
     def refresh(self) -> None:
         """New routing for every call."""
         for logits in self.logits:
-            logits.normal_(generator=self.generator)
+            draw_logits(logits, self.w.skew, self.generator)
 
     def route(self, call: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts and weights that a call uses."""

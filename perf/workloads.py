@@ -29,6 +29,8 @@ class MoEWorkload:
         swiglu: (alpha, beta, limit) of the gated unit.
         biases: both projections have one.
         routing: keyword arguments of `cutemoe.route` besides top_k.
+        skew: of the logits: "none"; "one", every token's first choice is the same expert; "zipf",
+            expert r is chosen in proportion to 1 / (r + 1).
         batches: tokens of a call.
     """
 
@@ -44,6 +46,7 @@ class MoEWorkload:
     swiglu: tuple[float, float, float | None] = (1.0, 0.0, None)
     biases: bool = False
     routing: tuple[tuple[str, Any], ...] = (("method", "softmax_topk"),)
+    skew: str = "none"
     batches: tuple[int, ...] = MOE_BATCHES
 
     @property
@@ -145,6 +148,13 @@ def _variants(w: MoEWorkload) -> tuple[MoEWorkload, ...]:
     )
 
 
+def _skewed(w: MoEWorkload) -> tuple[MoEWorkload, ...]:
+    """The same layer where tokens prefer some experts."""
+    return tuple(
+        dataclasses.replace(w, name=f"{w.name}_{skew}", skew=skew) for skew in ("one", "zipf")
+    )
+
+
 def _gemms(w: MoEWorkload) -> tuple[GemmWorkload, ...]:
     """Both products of a layer on their own."""
     common = (w.experts, w.top_k, w.weights, w.group_size, w.activations, w.batches)
@@ -181,6 +191,8 @@ WORKLOADS: Mapping[str, Workload] = _by_name(
         *_SHAPES,
         *_HEADLINE[1:],
         *_variants(_SHAPES[4]),
+        *_skewed(_SHAPES[0]),
+        *_skewed(_HEADLINE[1]),
         *(g for w in _HEADLINE if w.activations != "nvfp4" for g in _gemms(w)),
         *_gdn(),
     )

@@ -24,53 +24,18 @@ fma.rn.bf16x2 $2, $2, $7, t;
 fma.rn.bf16x2 $3, $3, $8, t;
 }"""
 )
-# code * 2^-14
-_PLACE_FP16 = """{
-.reg .b32 t, u;
-and.b32 $0, $4, 0x8E008E00;
-shf.r.wrap.b32 t, $4, $4, 3;
-and.b32 $1, t, 0x8E008E00;
-shf.r.wrap.b32 t, $4, $4, 1;
-and.b32 t, t, 0x80008000;
-shl.b32 u, $4, 3;
-lop3.b32 $2, u, 0x0E000E00, t, 0xEA;
-shf.r.wrap.b32 t, $4, $4, 2;
-and.b32 t, t, 0x80008000;
-shl.b32 u, $4, 6;
-lop3.b32 $3, u, 0x0E000E00, t, 0xEA;
-"""
-_E2M1_FP16 = tl.constexpr(_PLACE_FP16 + "}")
+_E2M1_FP16 = tl.constexpr("{\n" + sm80_w4.PLACE_FP16 + "}")
 _E2M1_FP16_SCALED = tl.constexpr(
-    _PLACE_FP16
+    "{\n"
+    + sm80_w4.PLACE_FP16
     + """mul.f16x2 $0, $0, $5;
 mul.f16x2 $1, $1, $6;
 mul.f16x2 $2, $2, $7;
 mul.f16x2 $3, $3, $8;
 }"""
 )
-# nibble n ^ 8 in the low mantissa bits of 128 or 1024 reads as 136 + n or 1032 + n
-_NIBBLES = """{{
-.reg .b32 t, one, less;
-mov.b32 one, {one};
-mov.b32 less, {less};
-lop3.b32 $0, $4, 0x000F000F, {magic}, 0x6A;
-shr.u32 t, $4, 4;
-lop3.b32 $1, t, 0x000F000F, {magic}, 0x6A;
-shr.u32 t, $4, 8;
-lop3.b32 $2, t, 0x000F000F, {magic}, 0x6A;
-shr.u32 t, $4, 12;
-lop3.b32 $3, t, 0x000F000F, {magic}, 0x6A;
-fma.rn.{type} $0, $0, one, less;
-fma.rn.{type} $1, $1, one, less;
-fma.rn.{type} $2, $2, one, less;
-fma.rn.{type} $3, $3, one, less;
-}}"""
-_INT4_BF16 = tl.constexpr(
-    _NIBBLES.format(one="0x3F803F80", less="0xC308C308", magic="0x43084308", type="bf16x2")
-)
-_INT4_FP16 = tl.constexpr(
-    _NIBBLES.format(one="0x3C003C00", less="0xE408E408", magic="0x64086408", type="f16x2")
-)
+_INT4_BF16 = tl.constexpr("{\n" + sm80_w4.INT4_BF16 + "}")
+_INT4_FP16 = tl.constexpr("{\n" + sm80_w4.INT4_FP16 + "}")
 
 
 @triton.jit

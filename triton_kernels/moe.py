@@ -14,7 +14,7 @@ Grids are bounds that the host knows; programs beyond the live tiles exit. No sy
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,8 +33,8 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     if problem.tokens == 0:
         return
     w = sorted_rows(problem, config, t)
-    mid = _fc1(problem, config, t, w)
-    _fc2(problem, config, t, w, mid)
+    _fc1(problem, config, t, w)
+    _fc2(problem, config, t, w)
     combine.combine(w["y"], t.ids, t.weights, t.out, problem.experts, problem.expert_offset)
 
 
@@ -58,28 +58,57 @@ def most_tiles(problem: Problem, config: MoEConfig) -> int:
     return active + (rows - active) // config.block_m
 
 
+def fc1_input(
+    problem: Problem, t: MoETensors, w: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
+    """What FC1 multiplies: x or its quantised rows, their scales by row of x or by expert, and how
+    many slots share a row; 0 where rows are in sorted order."""
+    if problem.activations not in ("fp8", "nvfp4"):
+        return t.x, None, None, problem.top_k
+    xq = w["xq"]
+    if t.input_scale1 is None:
+        quantize.quantize(t.x, xq, "fp8", scale=w["xq_scale"])
+        return xq, w["xq_scale"], None, problem.top_k
+    quantize.quantize(
+        t.x,
+        xq,
+        problem.activations,
+        expert_scale=t.input_scale1,
+        slots=w["sorted_slots"],
+        divide=problem.top_k,
+        start=w["expert_start"],
+    )
+    return xq, None, t.input_scale1, 0
+
+
+def fc2_input(
+    problem: Problem, t: MoETensors, w: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What FC2 multiplies, in sorted order: mid or its quantised rows, and their scales by row or
+    by expert."""
+    if problem.activations not in ("fp8", "nvfp4"):
+        return w["mid"], None, None
+    static = t.input_scale2
+    scale = w["midq_scale"] if static is None else None
+    quantize.quantize(
+        w["mid"],
+        w["midq"],
+        problem.activations,
+        scale=scale,
+        expert_scale=static,
+        start=w["expert_start"],
+    )
+    return w["midq"], scale, static
+
+
 def _fc1(
     problem: Problem,
     config: MoEConfig,
     t: MoETensors,
     w: dict[str, torch.Tensor],
-) -> torch.Tensor:
+) -> None:
     """FC1 and activation; mid [R, I] in sorted order."""
-    x, token_scale, expert_scale, divide = t.x, None, None, problem.top_k
-    if problem.activations == "fp8" and t.input_scale1 is None:
-        x, token_scale = w["xq"], w["xq_scale"]
-        quantize.quantize(t.x, x, "fp8", scale=token_scale)
-    elif problem.activations in ("fp8", "nvfp4"):
-        x, expert_scale, divide = w["xq"], t.input_scale1, 0
-        quantize.quantize(
-            t.x,
-            x,
-            problem.activations,
-            expert_scale=expert_scale,
-            slots=w["sorted_slots"],
-            divide=problem.top_k,
-            start=w["expert_start"],
-        )
+    x, token_scale, expert_scale, divide = fc1_input(problem, t, w)
     spec = spec_of(
         t.w13,
         config.fc1,
@@ -110,7 +139,6 @@ def _fc1(
         beta=t.beta,
         limit=t.limit,
     )
-    return w["mid"]
 
 
 def _fc2(
@@ -118,23 +146,10 @@ def _fc2(
     config: MoEConfig,
     t: MoETensors,
     w: dict[str, torch.Tensor],
-    mid: torch.Tensor,
 ) -> None:
     """FC2 with bias; y float32 [R, H] in slot order."""
-    scales: dict[str, Any] = {}
-    if problem.activations in ("fp8", "nvfp4"):
-        static = t.input_scale2
-        token_scale = w["midq_scale"] if static is None else None
-        quantize.quantize(
-            mid,
-            w["midq"],
-            problem.activations,
-            scale=token_scale,
-            expert_scale=static,
-            start=w["expert_start"],
-        )
-        mid = w["midq"]
-        scales = {"token_scale": token_scale, "expert_scale": static}
+    mid, token_scale, expert_scale = fc2_input(problem, t, w)
+    scales = {"token_scale": token_scale, "expert_scale": expert_scale}
     spec = spec_of(
         t.w2,
         config.fc2,

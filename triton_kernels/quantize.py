@@ -1,4 +1,5 @@
-"""Activations rounded to fp8 or nvfp4, kept as the 16-bit values that the tensor core multiplies.
+"""Activations rounded to fp8 or nvfp4, kept as the values that the tensor core multiplies: bf16, or
+e4m3 for one that multiplies those.
 
 The operations and their order are those of cutemoe.formats, IEEE float32 only, so the values equal
 `cutemoe.formats` bit for bit. e4m3 values, and e2m1 times an e4m3 block scale, are exact in bf16;
@@ -39,7 +40,7 @@ def expert_of(row, start_ptr, E, BINS: tl.constexpr):
 @triton.jit
 def quantize_rows(
     x_ptr,  # [.., W] any float
-    out_ptr,  # [rows, W] bf16
+    out_ptr,  # [rows, W] bf16, or bytes of e4m3
     scale_ptr,  # float32 [rows], written where fp8 scales are dynamic
     expert_scale_ptr,  # float32 [E] or None
     slots_ptr,
@@ -107,7 +108,12 @@ def _fp8_row(x_row, out_row, s, W, BLOCK: tl.constexpr):
         y = tl.where(y > 448.0, 448.0, y)
         y = tl.where(y < -448.0, -448.0, y)
         y = tl.where(is_finite(x), y, float("nan"))
-        tl.store(out_row + offs, e4m3(y).to(out_row.dtype.element_ty), mask=offs < W)
+        code = numeric.encode_e4m3(y)
+        if out_row.dtype.element_ty == tl.uint8:
+            tl.store(out_row + offs, code.to(tl.uint8), mask=offs < W)
+        else:
+            value = numeric.decode_e4m3(code)
+            tl.store(out_row + offs, value.to(out_row.dtype.element_ty), mask=offs < W)
 
 
 @triton.jit
@@ -154,7 +160,8 @@ def quantize(
     divide: int = 0,
     start: torch.Tensor | None = None,
 ) -> None:
-    """Rounds rows of x to `format`; out [rows, W] bf16 holds the values without global scales.
+    """Rounds rows of x to `format`; out [rows, W] holds the values without global scales, in bf16
+    or, for fp8, in e4m3.
 
     Args:
         x: [.., W] bf16, fp16 or float32, last dimension contiguous.
@@ -167,7 +174,7 @@ def quantize(
     experts = 1 if start is None else start.numel() - 1
     quantize_rows[(rows,)](
         x,
-        out,
+        out.view(torch.uint8) if out.dtype == torch.float8_e4m3fn else out,
         scale,
         expert_scale,
         slots,

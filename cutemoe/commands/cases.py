@@ -179,7 +179,7 @@ class MoECase:
 def random_weight(
     shape: tuple[int, int, int], format: str, device: torch.device
 ) -> QuantizedTensor:
-    """Random mxfp4 or nvfp4 codes and scales [E, N, Kdim], values of variance about 1 / Kdim."""
+    """Random 4-bit codes and scales [E, N, Kdim], values of variance about 1 / Kdim."""
     e, n, k = shape
     # the rms of a random e2m1 code is 2.93
     target = k**-0.5 / 2.93
@@ -192,6 +192,10 @@ def random_weight(
         bytes_ = (e, n, k // 32)
         scale = torch.randint(middle - 1, middle + 2, bytes_, dtype=torch.uint8, device=device)
         return QuantizedTensor(data, scale, format="mxfp4")
+    if format == "int4":
+        # the rms of a random int4 code is 4.64
+        scale = torch.rand(e, n, k // 128, device=device).add_(0.5).mul_(k**-0.5 / 4.64)
+        return QuantizedTensor(data, scale.to(torch.bfloat16), format=format, group_size=128)
     scale = torch.rand(e, n, k // 16, device=device).add_(0.5).to(torch.float8_e4m3fn)
     over = torch.full((e,), target, device=device)
     return QuantizedTensor(data, scale, over, format="nvfp4")

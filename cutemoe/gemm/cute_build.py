@@ -1,10 +1,12 @@
 """Compiles the Hopper kernel of a Config: the tensors it expects, and no tensor."""
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Uint8
+from cutlass import BFloat16, Float16, Float32, Int32, Uint8
 
 from cutemoe.gemm.cute_gemm import ExpertGemm
 from cutemoe.gemm.cute_plan import Config
+
+TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32, "fp8": Uint8}
 
 
 def build(c: Config, options: str = ""):
@@ -14,17 +16,19 @@ def build(c: Config, options: str = ""):
     """
     s = cute.sym_int
     K, E, N, R, T = s(), s(), s(), s(), s()
-    x = _rows(BFloat16, (s(), K), 16)
-    w = _packed(Uint8, (E, s(), s(), c.unit), 128)
+    x = _rows(TYPES[c.recipe.activations], (s(), K), 16)
+    w = _packed(Uint8, (E, s(), s(), c.recipe.unit), 16)
     factor = _packed(Float32, (E,), 4) if c.factor else None
+    x_scale = {"none": None, "row": (s(),), "expert": (E,)}[c.x_scale]
+    x_scale = None if x_scale is None else _packed(Float32, x_scale, 4)
     bias = _packed(Float32, (E, s()), 4) if c.bias else None
     slots = _packed(Int32, (R,), 4) if c.gather or c.scatter else None
     work = (slots, _packed(Int32, (T, 3), 4), _packed(Int32, (1,), 4))
-    out = _rows(BFloat16 if c.out == "bf16" else Float32, (s(), N), 2 if c.out == "bf16" else 4)
+    out = _rows(TYPES[c.out], (s(), N), TYPES[c.out].width // 8)
     params = tuple(_packed(Float32, (E,), 4) if p else Float32(0.0) for p in c.params)
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(
-        ExpertGemm(c), x, w, factor, bias, work, out, params, Int32(1), Int32(1), stream,
+        ExpertGemm(c), x, w, factor, x_scale, bias, work, out, params, Int32(1), Int32(1), stream,
         options=f"--enable-tvm-ffi {options}".strip(),
     )  # fmt: skip
 

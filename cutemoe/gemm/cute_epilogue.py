@@ -6,7 +6,7 @@ one output (layouts/sm90_rs_w4.py).
 """
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int64, const_expr, range_constexpr
+from cutlass import BFloat16, Float16, Float32, Int64, const_expr, range_constexpr
 
 from cutemoe.gemm.cute_plan import Config
 
@@ -16,19 +16,21 @@ class Epilogue:
 
     def __init__(self, c: Config):
         self.c = c
-        self.dtype = {"bf16": BFloat16, "fp32": Float32}[c.out]
+        self.dtype = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}[c.out]
 
     @cute.jit
     def store(self, acc, extras, slots, mO, params, where, block, power):
         """acc: sums [64 rows, tokens] of each block of this warpgroup, `block` its first in the
         CTA; where: expert, first sorted row, tokens, block of the CTA."""
-        factor, bias = extras
+        factor, x_scale, bias, top_k = extras
         expert, first, n, cta = where
         tid = cute.arch.thread_idx()[0] % 128
         warp, g, t = tid // 32, tid % 32 // 4, tid % 4
         multiplier = Float32(power)
         if const_expr(self.c.factor):
             multiplier = multiplier * factor[expert]
+        if const_expr(self.c.x_scale == "expert"):
+            multiplier = multiplier * x_scale[expert]
         numbers = self.parameters(params, expert)
         packed = (cta * self.c.tile.row_blocks + block) * 64 + warp * 16 + g
         added = [self.bias(bias, expert, packed + 64 * b, mO) for b in range(len(acc))]
@@ -37,11 +39,17 @@ class Epilogue:
                 token = 8 * i + 2 * t + c
                 if token < n:
                     row = first + token
+                    scale = multiplier
+                    if const_expr(self.c.x_scale == "row"):
+                        source = row
+                        if const_expr(self.c.gather):
+                            source = slots[row] // top_k
+                        scale = multiplier * x_scale[source]
                     if const_expr(self.c.scatter):
                         row = slots[row]
                     gO = mO[Int64(row), None]
                     for b in range_constexpr(len(acc)):
-                        sums = [acc[b][c + 2 * h + 4 * i] * multiplier for h in range(2)]
+                        sums = [acc[b][c + 2 * h + 4 * i] * scale for h in range(2)]
                         self.put(gO, packed + 64 * b, sums, added[b], numbers)
 
     @cute.jit

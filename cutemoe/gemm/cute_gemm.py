@@ -11,26 +11,45 @@ Pipes    full:  weights -> math by bytes of bulk copies and 1 arrival of their l
 Stage    128 columns: two units of the weight layout for every block of 64 rows, and the tile's
          tokens K-major in swizzled rows of 128 bytes
 Per k    weights: wait empty, expect bytes, copy | tokens: wait empty, cp.async; wait for the
-         stage `lag` before, fence, arrive | math: wait full; for every 32 columns of a unit and
-         block: decode, wgmma, and wait until the one before is done, whose registers the next
-         decode takes; release the stage before
+         stage `lag` before, fence, arrive | math: wait full; for every step of 32 columns (fp8: 64)
+         and block: decode, two wgmma, and wait until those before are done, whose registers the
+         next decode takes; release the stage before
 Per item math: bias, activation, store, while the others are at the next items already
+
+Where scales multiply sums of a group (int4, and fp8), wgmma starts every group from zero in
+registers of its own. When the first step of the next group is decoded, a warpgroup waits for the
+sums and adds them, scaled, to its accumulators; the tensor core is busy with other warpgroups.
+wgmma of fp8 aligns the products of 32 columns and the sum so far to the largest of them and cuts
+off what is more than 12 bits below it, which is why no sum runs over more than 128 columns: each
+product loses less than 2^-12 of the largest. tests/gemm/test_fp8_sums.py has the model.
 
 Sums run over k in ascending order whatever the tile, so a token has the same bits in every batch.
 """
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
+from cutlass import (
+    BFloat16,
+    Float8E4M3FN,
+    Float16,
+    Float32,
+    Int32,
+    Int64,
+    Uint8,
+    Uint32,
+    const_expr,
+    range_constexpr,
+)
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16
-from cutemoe.gemm.cute_decode import HOOKS
+from cutemoe.gemm.cute_decode import hook
 from cutemoe.gemm.cute_epilogue import Epilogue
 from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
-from cutemoe.layouts.sm90_rs_w4 import CODE_BYTES
+from cutemoe.layouts.sm90_rs_w4 import CODE_BYTES, COLUMNS
 
+OPERANDS = {"bf16": BFloat16, "fp16": Float16, "fp8": Float8E4M3FN}
 # named barrier of the warps that load tokens
 _TOKENS = 1
 
@@ -41,11 +60,16 @@ class ExpertGemm:
     def __init__(self, c: Config):
         self.c = c
         self.t = c.tile
-        self.hook = HOOKS[c.weight]
+        self.hook = hook(c.recipe.weight, c.recipe.activations, c.recipe.group)
         self.epilogue = Epilogue(c)
+        self.operand = OPERANDS[c.recipe.activations]
+        # columns of one wgmma, bytes of a token, 16-byte pieces of its part of a stage
+        self.mma_k = 32 // c.recipe.width
+        self.width = c.recipe.width
+        self.chunks = STAGE_COLUMNS * self.width // 16
         self.stages = c.tile.stages
         self.w_bytes, self.x_bytes = c.stage_bytes
-        # warps that load tokens: a lane has 16 bytes of a row of 256
+        # warps that load tokens: a lane has 16 bytes of a row
         self.loaders = 1 if self.t.block_m <= 32 else 3
         self.threads = 128 * (self.t.warpgroups + 1)
 
@@ -65,6 +89,7 @@ class ExpertGemm:
         mX,
         mW,
         factor,
+        x_scale,
         bias,
         work,
         mO,
@@ -73,9 +98,10 @@ class ExpertGemm:
         ctas: Int32,
         stream: cuda.CUstream,
     ):
-        """x [.., K], w [E, row blocks, column blocks, unit], factor [E], bias [E, rows of w];
-        work: slots, tiles, count; params: alpha, beta, limit, each Float32 or [E]."""
-        self.kernel(mX, mW, (factor, bias), work, mO, params, top_k).launch(  # pyright: ignore
+        """x [.., K], fp8 as bytes; w [E, row blocks, column blocks, unit]; factor [E]; x_scale [E]
+        or [rows of x]; bias [E, rows of w]; work: slots, tiles, count; params: alpha, beta, limit,
+        each Float32 or [E]."""
+        self.kernel(mX, mW, (factor, x_scale, bias, top_k), work, mO, params).launch(  # pyright: ignore
             grid=[ctas, 1, 1],
             block=[self.threads, 1, 1],
             min_blocks_per_mp=self.t.ctas,
@@ -85,7 +111,7 @@ class ExpertGemm:
         )
 
     @cute.kernel
-    def kernel(self, mX, mW, extras, work, mO, params, top_k):
+    def kernel(self, mX, mW, extras, work, mO, params):
         shared = SmemAllocator().allocate(self.Storage)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         full, empty = shared.full.data_ptr(), shared.empty.data_ptr()  # pyright: ignore
@@ -106,7 +132,7 @@ class ExpertGemm:
             if warp == 0:
                 self.load_weights(mW, work[1], shared, full, empty, blocks, total)
             elif warp <= self.loaders:
-                self.load_tokens(mX, mW, work, shared, full, empty, blocks, total, top_k)
+                self.load_tokens(mX, mW, work, shared, full, empty, blocks, total, extras[3])
         else:
             cute.arch.setmaxregister_increase(self.t.registers[1])
             self.multiply(mW, extras, work, mO, params, shared, full, empty, blocks, total)
@@ -118,7 +144,7 @@ class ExpertGemm:
         """Bulk copies of the row blocks of every item."""
         stage, phase = Int32(0), Int32(1)
         row_blocks, units = mW.shape[1], mW.shape[2]
-        unit = self.c.unit
+        unit = self.c.recipe.unit
         lane = cute.arch.lane_idx()
         item, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
@@ -166,7 +192,7 @@ class ExpertGemm:
         stages = cute.ceil_div(mW.shape[2], STAGE_UNITS)
         threads = 32 * self.loaders
         p = cute.arch.thread_idx()[0] - 32
-        chunk, r0 = p % 16, p // 16
+        chunk, r0 = p % self.chunks, p // self.chunks
         atom = chunk // 8 * (self.t.block_m * 128)
         item, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
@@ -182,17 +208,17 @@ class ExpertGemm:
                     row = first + r
                     if const_expr(self.c.gather):
                         row = slots[row] // top_k
-                    sRow[r] = base + Int64(row) * Int64(mX.stride[0]) * 2
+                    sRow[r] = base + Int64(row) * Int64(mX.stride[0]) * self.width
                 cute.arch.barrier(barrier_id=_TOKENS, number_of_threads=threads)
                 for s in range(stages):
-                    k = s * STAGE_COLUMNS + chunk * 8
+                    k = s * STAGE_COLUMNS + chunk * (16 // self.width)
                     nbytes = Int32(16) if k < K else Int32(0)
                     k = k if k < K else Int32(0)
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     dst = x + stage * self.x_bytes
-                    for r in range(r0, n, threads // 16):
+                    for r in range(r0, n, threads // self.chunks):
                         at = dst + r * 128 + ((chunk % 8) ^ (r % 8)) * 16
-                        copy_16(at, sRow[r] + Int64(k) * 2, nbytes)
+                        copy_16(at, sRow[r] + Int64(k) * self.width, nbytes)
                     cute.arch.cp_async_commit_group()
                     if issued >= lag:
                         cute.arch.cp_async_wait_group(lag)
@@ -255,11 +281,8 @@ class ExpertGemm:
     def item(self, rows, mW, extras, slots, mO, params, shared, full, empty, where, done):
         """Sums of one item and what becomes of them; `rows` is known at compile time."""
         units = mW.shape[2]
-        op = warpgroup.MmaF16BF16Op(
-            BFloat16, Float32, (64, rows, 16), warpgroup.OperandSource.RMEM,
-            OperandMajorMode.K, OperandMajorMode.K,
-        )  # fmt: skip
-        mma = cute.make_tiled_mma(cute.make_mma_atom(op))
+        mma = cute.make_tiled_mma(cute.make_mma_atom(self.instruction(rows)))
+        mma.set(warpgroup.Field.ACCUMULATE, True)
         tid = cute.arch.thread_idx()[0] - 128
         thr = mma.get_slice(tid % 128)
         rB = mma.make_fragment_B(thr.partition_B(self.tokens(shared, rows)))
@@ -267,32 +290,52 @@ class ExpertGemm:
         acc = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.t.blocks)]
         for a in acc:
             a.fill(0.0)
-        mma.set(warpgroup.Field.ACCUMULATE, True)
-        fragment = thr.partition_shape_A((64, 32))
-        rA = [cute.make_rmem_tensor(fragment, BFloat16) for _ in range(2)]
+        fragment = thr.partition_shape_A((64, self.hook.step))
+        rA = [cute.make_rmem_tensor(fragment, self.operand) for _ in range(2)]
+        # sums of the open group, and its scales: rows g and g + 8
+        part, fresh, due = None, None, (Float32(0.0), Float32(0.0))
+        if const_expr(self.hook.group > 0):
+            part = cute.make_rmem_tensor(shape, Float32)
+            part.fill(0.0)
+            fresh = cute.make_tiled_mma(cute.make_mma_atom(self.instruction(rows)))
+            fresh.set(warpgroup.Field.ACCUMULATE, False)
+        mmas, regs = (mma, fresh), (acc, part, rA, rB)
         first = tid // 128 * self.t.blocks
         stage = done % self.stages
         phase = (done // self.stages) & 1
         before = Int32(-1)
         for _ in range(units // STAGE_UNITS):
-            self.stage(mma, acc, rA, rB, shared, full, empty, stage, phase, before, first, 2)
+            due = self.stage(mmas, regs, due, shared, full, empty, (stage, phase, before, first), 2)
             before = stage
             stage, phase = advance(stage, phase, self.stages)
         if units % STAGE_UNITS > 0:
-            self.stage(mma, acc, rA, rB, shared, full, empty, stage, phase, before, first, 1)
+            due = self.stage(mmas, regs, due, shared, full, empty, (stage, phase, before, first), 1)
             before = stage
         warpgroup.wait_group(0)
         self.release(empty, before)
+        if const_expr(self.hook.group > 0):
+            self.close(acc[self.t.blocks - 1], part, due)
         self.epilogue.store(acc, extras, slots, mO, params, where, first, self.hook.power)
+
+    def instruction(self, rows):
+        """wgmma of 64 weight rows and that many tokens."""
+        shape, source = (64, rows, self.mma_k), warpgroup.OperandSource.RMEM
+        major = OperandMajorMode.K
+        if self.operand is Float8E4M3FN:
+            fp8 = Float8E4M3FN
+            return warpgroup.MmaF8Op(fp8, fp8, Float32, shape, source, major, major)
+        return warpgroup.MmaF16BF16Op(self.operand, Float32, shape, source, major, major)
 
     def tokens(self, shared, rows):
         """The stages of tokens as a B operand [rows, 128, stages]; a tile has its first rows."""
         m = self.t.block_m
+        # columns of a row of 128 bytes, and values of a stage
+        wide, size = 128 // self.width, STAGE_COLUMNS * m
         layout = cute.make_layout(
-            ((8, rows // 8), (64, 2), self.stages),
-            stride=((64, 512), (1, 64 * m), 128 * m),
+            ((8, rows // 8), (wide, self.width), self.stages),
+            stride=((wide, 8 * wide), (1, wide * m), size),
         )
-        ptr = cute.recast_ptr(shared.x.data_ptr(), cute.make_swizzle(3, 4, 3), dtype=BFloat16)
+        ptr = cute.recast_ptr(shared.x.data_ptr(), cute.make_swizzle(3, 4, 3), dtype=self.operand)
         return cute.make_tensor(ptr, layout)
 
     @cute.jit
@@ -301,47 +344,102 @@ class ExpertGemm:
         if stage >= 0 and cute.arch.lane_idx() == 0:
             cute.arch.mbarrier_arrive(empty + stage)
 
+    def stage(self, mmas, regs, due, shared, full, empty, at, units):
+        """One stage of `units` units; the last wgmma are left in flight. The scales due."""
+        if self.hook.group > 0:
+            return self.stage_of_groups(mmas, regs, due, shared, full, empty, at, units)
+        self.stage_of_values(mmas, regs, shared, full, empty, at, units)
+        return due
+
     @cute.jit
-    def stage(self, mma, acc, rA, rB, shared, full, empty, stage, phase, before, first, units):
-        """One stage of `units` units; the last wgmma group is left in flight."""
+    def stage_of_values(self, mmas, regs, shared, full, empty, at, units):
+        """Weights are scaled: all sums go to the accumulators."""
+        acc, _, rA, rB = regs
+        stage, phase, before, first = at
         cute.arch.mbarrier_wait(full + stage, phase)
-        step = 0
+        step, steps = 0, COLUMNS // self.hook.step
         for u in range_constexpr(units):
             for b in range_constexpr(self.t.blocks):
-                codes, multipliers = self.load(shared, stage, first + b, u)
-                for j in range_constexpr(2):
-                    self.decode(codes[2 * j : 2 * j + 2], multipliers[j], rA[step % 2])
-                    warpgroup.fence()
-                    for kk in range_constexpr(2):
-                        cute.gemm(
-                            mma, acc[b], rA[step % 2][None, None, kk],
-                            rB[None, None, 4 * u + 2 * j + kk, stage], acc[b],
-                        )  # fmt: skip
-                    warpgroup.commit_group()
-                    warpgroup.wait_group(1)
+                codes, words = self.load(shared, stage, first + b, u)
+                operands = self.hook.operands(words)
+                for c in range_constexpr(steps):
+                    self.decode(codes, operands, c, rA[step % 2])
+                    self.issue(mmas[0], mmas[0], acc[b], rA[step % 2], rB, u * steps + c, stage)
                     if const_expr(step == 0):
                         self.release(empty, before)
                     step += 1
 
     @cute.jit
-    def load(self, shared, stage, block, u):
-        """Code words and multipliers of a unit, rows g and g + 8 of this lane."""
-        tid = cute.arch.thread_idx()[0] % 128
-        warp, lane = tid // 32, tid % 32
-        start = stage * self.w_bytes + (block * STAGE_UNITS + u) * self.c.unit
-        codes = self.words(shared, start + tid * 16, 4)
-        n = self.hook.words
-        scales = self.words(shared, start + CODE_BYTES + (warp * 8 + lane // 4) * 4 * n, n)
-        return codes, self.hook.multipliers(scales)
+    def stage_of_groups(self, mmas, regs, due, shared, full, empty, at, units):
+        """Sums of groups: each is closed when the first step of the next is decoded."""
+        acc, part, rA, rB = regs
+        stage, phase, before, first = at
+        cute.arch.mbarrier_wait(full + stage, phase)
+        mma, fresh = mmas
+        step, steps = 0, COLUMNS // self.hook.step
+        for b in range_constexpr(self.t.blocks):
+            for u in range_constexpr(units):
+                codes, words = self.load(shared, stage, first + b, u)
+                operands = self.hook.operands(words)
+                for c in range_constexpr(steps):
+                    self.decode(codes, operands, c, rA[step % 2])
+                    begins = (u * COLUMNS + c * self.hook.step) % self.hook.group == 0
+                    if const_expr(begins):
+                        warpgroup.wait_group(0)
+                        if const_expr(step == 0):
+                            self.release(empty, before)
+                        # the first group of a block follows the last of the block before
+                        self.close(acc[b - int(u + c == 0)], part, due)
+                        due = self.hook.scales(words)[c * self.hook.step // self.hook.group]
+                    opening = (mma, fresh)[int(begins)]
+                    self.issue(opening, mma, part, rA[step % 2], rB, u * steps + c, stage)
+                    step += 1
+        return due
+
+    def close(self, acc, part, due):
+        """acc += part times the scale of its row, g or g + 8."""
+        for i in range(cute.size(acc)):
+            acc[i] = acc[i] + part[i] * due[i // 2 % 2]
+
+    def issue(self, opening, mma, acc, rA, rB, at, stage):
+        """The wgmma of step `at` of the stage; waits for those of the step before."""
+        warpgroup.fence()
+        each = self.hook.step // self.mma_k
+        for kk in range(each):
+            cute.gemm(
+                opening if kk == 0 else mma, acc, rA[None, None, kk],
+                rB[None, None, each * at + kk, stage], acc,
+            )  # fmt: skip
+        warpgroup.commit_group()
+        warpgroup.wait_group(1)
 
     @cute.jit
-    def decode(self, codes, multiplier, rA):
-        """Two A fragments of k16 from the words of rows g and g + 8."""
+    def load(self, shared, stage, block, u):
+        """Code words and scale words of a unit, rows g and g + 8 of this lane."""
+        tid = cute.arch.thread_idx()[0] % 128
+        warp, lane = tid // 32, tid % 32
+        start = stage * self.w_bytes + (block * STAGE_UNITS + u) * self.c.recipe.unit
+        codes = self.words(shared, start + tid * 16, 4)
+        n = self.hook.words
+        at = start + CODE_BYTES + (warp * 8 + lane // 4) * 4 * n
+        if const_expr(self.hook.group == 128 and self.c.recipe.weight == "int4"):
+            # scales of a group of both units: two warps in each
+            first = stage * self.w_bytes + block * (STAGE_UNITS * self.c.recipe.unit)
+            at = first + CODE_BYTES + warp // 2 * self.c.recipe.unit
+            at += (warp % 2 * 8 + lane // 4) * 4
+        return codes, self.words(shared, at, n)
+
+    @cute.jit
+    def decode(self, codes, operands, step, rA):
+        """A fragments of a step of a unit, from the words of rows g and g + 8."""
         rU = cute.recast_tensor(rA, Uint32)
-        for h in range_constexpr(2):
-            pairs = self.hook.pairs(codes[h], multiplier, h)
-            for i in range_constexpr(4):
-                rU[h + 2 * i] = pairs[i]
+        halves = self.hook.step // 32
+        for i in range_constexpr(halves):
+            j = step * halves + i
+            for h in range_constexpr(2):
+                made = self.hook.decode(codes[2 * j + h], operands[j][h], h)
+                for n in range_constexpr(len(made)):
+                    rU[(2 * i * len(made)) + h + 2 * n] = made[n]
 
     def words(self, shared, offset, n):
         """n neighbouring words of the weights in shared memory, one load."""

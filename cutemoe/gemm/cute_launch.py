@@ -7,15 +7,16 @@ from typing import Any
 import torch
 
 from cutemoe.gemm.cute_build import build
-from cutemoe.gemm.cute_plan import Config, Tile
+from cutemoe.gemm.cute_plan import Config, Recipe, Tile
 from cutemoe.gemm.problem import GemmProblem
 from cutemoe.gemm.tensors import GemmTensors
-from cutemoe.gemm.weight import PackedWeight
+from cutemoe.gemm.weight import HOPPER, PackedWeight
 from cutemoe.runtime.compile import compiled
 from cutemoe.runtime.device import Device
 from cutemoe.triton_kernels import sort
 
 kernel = compiled(build)
+OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def multiply(
@@ -26,6 +27,7 @@ def multiply(
     out: torch.Tensor,
     work: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
     *,
+    x_scale: tuple[str, torch.Tensor | None] = ("none", None),
     bias: torch.Tensor | None = None,
     params: tuple[Any, Any, Any] = (1.0, 0.0, None),
     top_k: int = 1,
@@ -36,14 +38,16 @@ def multiply(
     Args:
         work: slots of the sorted rows, tiles and their count, as sort.py writes them.
         params: alpha, beta and limit of the activation, numbers or float32 [E].
+        x_scale: what multiplies the sums: Config's word for it, and the tensor.
         given: other fields of the kernel's Config.
     """
     config = Config(
-        w.format,
+        Recipe(w.format, w.group_size or 0, HOPPER[w.layout]),
         tile,
-        out="fp32" if out.dtype == torch.float32 else "bf16",
+        out=OUT[out.dtype],
         bias=bias is not None,
         factor=w.factor is not None,
+        x_scale=x_scale[0],
         params=(_given(params[0]), _given(params[1]), _given(params[2])),
         limit=params[2] is not None,
         order=w.order,
@@ -55,7 +59,7 @@ def multiply(
     device = Device.of(x.device)
     blocks = -(-w.data.shape[1] // tile.row_blocks)
     kernel(config)(
-        aligned(x), w.data, w.factor, bias, (slots, list_, count), out,
+        aligned(x), w.data, w.factor, x_scale[1], bias, (slots, list_, count), out,
         tuple(0.0 if p is None else p for p in params), top_k,
         min(tiles * blocks, device.sm_count * tile.ctas),
     )  # fmt: skip
@@ -66,11 +70,13 @@ def _given(parameter: object) -> bool:
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x with rows that start at multiples of 16 bytes: itself, or else a copy."""
-    width = x.shape[1]
-    if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0:
+    """x with rows that start at multiples of 16 bytes: itself, or else a copy; fp8 as bytes."""
+    if x.dtype == torch.float8_e4m3fn:
+        x = x.view(torch.uint8)
+    width, each = x.shape[1], 16 // x.element_size()
+    if x.data_ptr() % 16 == 0 and x.stride(0) % each == 0:
         return x
-    padded = torch.empty(x.shape[0], -(-width // 8) * 8, dtype=x.dtype, device=x.device)
+    padded = torch.empty(x.shape[0], -(-width // each) * each, dtype=x.dtype, device=x.device)
     return padded[:, :width].copy_(x)
 
 
@@ -84,4 +90,8 @@ def run(problem: GemmProblem, tile: Tile, t: GemmTensors) -> None:
     scratch = torch.empty(4 + 3 * most, dtype=torch.int32, device=t.x.device)
     count, list_ = scratch[:1], scratch[4:].view(most, 3)
     sort.sort_groups(t.offsets, problem.rows, tile.block_m, list_, count)
-    multiply(tile, most, t.x, t.w, t.out, (None, list_, count), zero_tail=True)
+    x_scale = problem.x_scale, t.x_scale
+    if t.x_scale is not None and problem.x_scale == "tensor":
+        x_scale = "expert", t.x_scale.expand(problem.groups).contiguous()
+    work = (None, list_, count)
+    multiply(tile, most, t.x, t.w, t.out, work, x_scale=x_scale, zero_tail=True)

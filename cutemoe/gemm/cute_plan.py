@@ -10,7 +10,8 @@ from cutemoe.runtime.backend import triton_unavailable
 from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
 
-LAYOUT = "sm90_rs_w4"
+# by the activations
+LAYOUTS = {compute: name for name, compute in sm90_rs_w4.COMPUTE.items()}
 # shared memory that a CTA of sm_90 may have
 SMEM_BYTES = 232448
 # most tokens that an expert can expect -> sizes of a tile
@@ -24,11 +25,44 @@ ROWS = (
     (100.0, (80, 96, 112, 128)),
     (math.inf, (32, 64, 96, 128)),
 )
+# where sums of groups have registers of their own: fp8, then int4 with 16-bit activations
+ROWS_FP8 = (
+    (8.5, (8, 16)),
+    (25.0, (16, 24, 32, 40)),
+    *ROWS[3:6],
+    (100.0, (80, 96, 112)),
+    (math.inf, (32, 64, 96, 112)),
+)
+ROWS_INT4 = (*ROWS_FP8[:2], *ROWS[3:5], (math.inf, (32, 64, 96)))
 # most tokens whose sums leave four warpgroups registers for the rest
 MOST_ROWS_OF_FOUR = 48
 # columns of a pipeline stage: two units of the weight layout
 STAGE_UNITS = 2
 STAGE_COLUMNS = STAGE_UNITS * sm90_rs_w4.COLUMNS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Operands: format of the weights, values per scale, and format of the activations."""
+
+    weight: str
+    group: int
+    activations: str = "bf16"
+
+    @property
+    def partial(self) -> bool:
+        """Scales multiply the sums of a group, which need registers of their own."""
+        return self.weight == "int4" or self.activations == "fp8"
+
+    @property
+    def unit(self) -> int:
+        """Bytes of 64 rows and 64 columns of weights."""
+        return sm90_rs_w4.unit_bytes(self.weight, self.group)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value of the activations."""
+        return 1 if self.activations == "fp8" else 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +99,9 @@ class Tile:
         groups = self.warpgroups + 1
         # at launch every thread has the same, in steps of 8
         pool = 65536 // (128 * groups * self.ctas) // 8 * 8 * groups
-        load = 40 if self.ctas == 1 or self.warpgroups == 1 else 32
+        # 32 leave four warpgroups 112, without which sums of groups do not fit
+        many = self.warpgroups == 4 or (self.ctas == 2 and self.warpgroups == 2)
+        load = 32 if many else 40
         return load, min(240, (pool - load) // self.warpgroups // 8 * 8)
 
     @property
@@ -87,32 +123,63 @@ def unavailable(device: Device) -> str | None:
 
 def refuse_format(weight: str, activations: str) -> str | None:
     """Why weights of this format and these activations do not go together in the kernel."""
-    if weight not in sm90_rs_w4.SCALE_BYTES:
-        return f"weights in one of {', '.join(sm90_rs_w4.SCALE_BYTES)}, got {weight}"
-    if activations != "bf16":
-        return f"activations 'bf16', got {activations!r}"
+    known = sm90_rs_w4.WEIGHTS.get(activations)
+    if known is None:
+        return f"activations in one of {', '.join(sm90_rs_w4.WEIGHTS)}, got {activations!r}"
+    if weight not in known:
+        return f"with {activations} weights in one of {', '.join(known)}, got {weight}"
     return None
 
 
 def refuse(weight: str, activations: str, layout: str) -> str | None:
     """Why the kernel does not take these weights, or None."""
     why = refuse_format(weight, activations)
-    if why is None and layout != LAYOUT:
-        return f"weights in layout {LAYOUT}, got {layout!r} (prepare them on the card)"
+    if why is None and layout != (want := LAYOUTS[activations]):
+        return f"weights in layout {want}, got {layout!r} (prepare them on the card)"
     return why
 
 
-def choose_rows(mean: float) -> tuple[int, ...]:
+def choose_rows(mean: float, recipe: Recipe) -> tuple[int, ...]:
     """Sizes of a tile where experts can expect `mean` tokens.
 
     From two standard deviations of Poisson's law below the mean to two and a half above, and a
     remainder where an expert needs several tiles; few sets, so that few kernels are compiled.
     Measured on one H200, 2026-11: perf/notes/hopper_gemm.md.
     """
-    return next((rows for most, rows in ROWS if mean <= most), ROWS[-1][1])
+    table = tables(recipe)
+    rows = next((rows for most, rows in table if mean <= most), table[-1][1])
+    return SPILLED.get((recipe, rows), rows)
 
 
-def choose_tile(weight: str, rows: tuple[int, ...], blocks: float, device: Device) -> Tile:
+# what ptxas does not fit into registers, and what it does
+SPILLED: dict[tuple[Recipe, tuple[int, ...]], tuple[int, ...]] = {
+    (Recipe("int4", 64, "fp8"), (16, 24, 32, 40)): (24, 32, 40, 48)
+}
+
+
+def tables(recipe: Recipe) -> tuple[tuple[float, tuple[int, ...]], ...]:
+    """Most tokens that an expert can expect, and sizes of a tile, in ascending order."""
+    if not recipe.partial:
+        return ROWS
+    return ROWS_FP8 if recipe.activations == "fp8" else ROWS_INT4
+
+
+def near_rows(recipe: Recipe, rows: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Sizes of tiles beside these in the table of a recipe, smaller first."""
+    known = [SPILLED.get((recipe, r), r) for _, r in tables(recipe)]
+    at = known.index(rows) if rows in known else 0
+    return [known[i] for i in (at - 1, at + 1, at + 2) if 0 <= i < len(known)]
+
+
+def other_tiles(recipe: Recipe, tile: Tile) -> list[Tile]:
+    """Tiles of the same rows that cut the weights in another way."""
+    few = ((4, 1, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2))
+    many = ((2, 2, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2))
+    shapes = many if tile.block_m > MOST_ROWS_OF_FOUR else few
+    return [deepest(recipe, Tile(tile.rows, wg, blocks, 1, ctas)) for wg, blocks, ctas in shapes]
+
+
+def choose_tile(recipe: Recipe, rows: tuple[int, ...], blocks: float, device: Device) -> Tile:
     """The tile of those rows; `blocks`: blocks of 64 weight rows of all experts that are active.
 
     Few tokens: one block for each warpgroup, and as many warpgroups as divide the blocks evenly
@@ -120,22 +187,26 @@ def choose_tile(weight: str, rows: tuple[int, ...], blocks: float, device: Devic
     2.9, 3.8 and 4.2 TB/s with 2, 4 in two CTAs, and 4 in one). More tokens: accumulators of two
     blocks, so that a warpgroup reads its tokens for twice the rows.
     """
+    if rows[-1] > 72 and recipe.partial and recipe.width == 2:
+        return deepest(recipe, Tile(rows, 3, 1, 1, 1))
     if rows[-1] > MOST_ROWS_OF_FOUR:
-        return _deepest(weight, Tile(rows, 2, 2, 1, 1))
+        return deepest(recipe, Tile(rows, 2, 2, 1, 1))
 
     def microseconds(warpgroups: int) -> float:
         items = math.ceil(blocks / warpgroups)
         return math.ceil(items / max(device.sm_count, 1)) * (0.2 + 0.1 * warpgroups)
 
     best = min((4, 3, 2), key=microseconds)
-    return _deepest(weight, Tile(rows, best, 1, 1, 1))
+    return deepest(recipe, Tile(rows, best, 1, 1, 1))
 
 
-def _deepest(weight: str, tile: Tile) -> Tile:
+def deepest(recipe: Recipe, tile: Tile) -> Tile:
     """The tile with all the stages that shared memory holds, 16 at most."""
-    one = Config(weight, tile).smem_bytes
-    each = Config(weight, replace(tile, stages=2)).smem_bytes - one
-    return replace(tile, stages=min(16, 1 + (SMEM_BYTES - one) // each))
+    one = Config(recipe, tile).smem_bytes
+    each = Config(recipe, replace(tile, stages=2)).smem_bytes - one
+    # every CTA costs 1 KB more than it asks for
+    most = (SMEM_BYTES + 1024) // tile.ctas - 1024
+    return replace(tile, stages=min(16, 1 + (most - one) // each))
 
 
 @dataclass(frozen=True)
@@ -143,12 +214,13 @@ class Config:
     """Everything the kernel is compiled for.
 
     Attributes:
-        weight: "mxfp4" or "nvfp4".
+        recipe: formats of both operands.
         tile: how the work is cut.
         gather: row of x = slot // top_k of the sorted row, else the sorted row.
         scatter: row of out = slot, else the sorted row.
-        out: "bf16", or "fp32".
+        out: "bf16", "fp16" or "fp32".
         bias, factor: float32 [E, rows of w] is added; float32 [E] multiplies the sums.
+        x_scale: "none", or float32 multiplies the sums: one a "row" of x, or one an "expert".
         activation: "none", "swiglu", "geglu", "geglu_tanh" or "relu2".
         order: rows of gate and up in the bias.
         params: which of alpha, beta, limit are tensors [E]; the others are numbers.
@@ -157,13 +229,14 @@ class Config:
         early: the tiles are older than the launch before, so weights need not wait for its end.
     """
 
-    weight: str
+    recipe: Recipe
     tile: Tile
     gather: bool = False
     scatter: bool = False
     out: str = "bf16"
     bias: bool = False
     factor: bool = False
+    x_scale: str = "none"
     activation: str = "none"
     order: str = "plain"
     params: tuple[bool, bool, bool] = (False, False, False)
@@ -177,15 +250,10 @@ class Config:
         return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
-    def unit(self) -> int:
-        """Bytes of 64 rows and 64 columns of weights."""
-        return sm90_rs_w4.unit_bytes(self.weight)
-
-    @property
     def stage_bytes(self) -> tuple[int, int]:
         """Weights and activations of a stage."""
-        w = self.tile.row_blocks * STAGE_UNITS * self.unit
-        return w, self.tile.block_m * STAGE_COLUMNS * 2
+        w = self.tile.row_blocks * STAGE_UNITS * self.recipe.unit
+        return w, self.tile.block_m * STAGE_COLUMNS * self.recipe.width
 
     @property
     def smem_bytes(self) -> int:

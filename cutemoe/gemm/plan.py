@@ -53,7 +53,7 @@ def weight_layout(format: str, activations: str, backend: str, device: Device) -
         return SM120
     why = cute_plan.unavailable(device) or cute_plan.refuse_format(format, activations)
     if backend in ("auto", "cute") and why is None:
-        return cute_plan.LAYOUT
+        return cute_plan.LAYOUTS[activations]
     willing = triton_unavailable(device) is None and (backend == "triton" or device.type == "cuda")
     return packed_layout(activations) if willing and backend in ("auto", "triton") else "rows"
 
@@ -161,9 +161,11 @@ def choose_tile(form: WeightForm, block_m: int, outputs: int, device: Device) ->
 @lru_cache(maxsize=1024)
 def configure_cute(problem: GemmProblem, device: Device) -> cute_plan.Tile:
     """Tile of the CuTe kernel, from the rows that a group can expect."""
-    rows = cute_plan.choose_rows(problem.rows / problem.groups)
-    blocks = min(problem.rows, problem.groups) * math.ceil(problem.n / 64)
-    return cute_plan.choose_tile(problem.weight, rows, blocks, device)
+    p = problem
+    recipe = cute_plan.Recipe(p.weight, p.group_size or 0, p.activations)
+    rows = cute_plan.choose_rows(p.rows / p.groups, recipe)
+    blocks = min(p.rows, p.groups) * math.ceil(p.n / 64)
+    return cute_plan.choose_tile(recipe, rows, blocks, device)
 
 
 def refuse_cute(problem: GemmProblem, device: Device) -> str | None:

@@ -14,10 +14,10 @@ from cutemoe.layouts.sm120_block_scale import SM120_BLOCK_SCALE
 DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # layout -> type of the tensor core operands it is made for
 PACKED = {"sm80_w4_bf16": "bf16", "sm80_w4_fp16": "fp16"}
-HOPPER = "sm90_rs_w4"
+HOPPER = sm90_rs_w4.COMPUTE
 # codes in rows, scales as the block-scaled MMA of SM120 reads them
 SM120 = "sm120_nvfp4"
-LAYOUTS = ("rows", *PACKED, HOPPER, SM120)
+LAYOUTS = ("rows", *PACKED, *HOPPER, SM120)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,11 @@ class PackedWeight:
         format: "bf16", "fp16" (dense), "mxfp4", "nvfp4", "int4" or "fp8".
         layout: where the bytes sit: "rows", row-major as in the checkpoint; "sm80_w4_bf16" or
             "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py), whose data, scale and factor differ;
-            "sm90_rs_w4" (sm90_rs_w4.py), whose scales are within data; or "sm120_nvfp4", whose
-            scale is in layout "sm120_block_scale".
+            "sm90_rs_w4", "sm90_rs_w4_fp16" or "sm90_rs_w4_fp8" (sm90_rs_w4.py), whose scales are
+            within data; or "sm120_nvfp4", whose scale is in layout "sm120_block_scale".
         group_size: values of the last dimension that share a scale; None if dense or fp8.
         shape: (G, N, Kdim) of the values.
-        order: of the rows in layout "sm90_rs_w4": "plain", or how gates and ups were given.
+        order: of the rows in layouts "sm90_rs_w4..": "plain", or how gates and ups were given.
     """
 
     data: torch.Tensor
@@ -61,7 +61,7 @@ class PackedWeight:
         """Packs w [G, N, Kdim]; shares its memory where device and layout allow.
 
         Weights that a packed layout cannot hold exactly stay in "rows". `order` is that of gate and
-        up rows, which layout "sm90_rs_w4" brings together.
+        up rows, which layouts "sm90_rs_w4.." bring together.
 
         Raises:
             InvalidCall: names `argument` where w is no such tensor.
@@ -102,14 +102,16 @@ class PackedWeight:
 
     def unpack(self) -> QuantizedTensor | torch.Tensor:
         """The weights as given to `of`, scales of whole tensors expanded to its groups."""
-        if self.layout == HOPPER:
+        if self.layout in HOPPER:
             return sm90_rs_w4.unpack(
                 self.data,
                 self.factor,
                 format=self.format,
+                group_size=self.group_size or 0,
                 n=self.shape[1],
                 k=self.shape[2],
                 order=self.order,
+                compute=HOPPER[self.layout],
             )
         if self.scale is None:
             return self.data
@@ -162,10 +164,10 @@ def _packed(w: PackedWeight, layout: str, order: str) -> PackedWeight:
     q = w.unpack()
     if not isinstance(q, QuantizedTensor) or q.device.type == "meta":
         return w
-    if layout == HOPPER:
-        if sm90_rs_w4.refuse(q, order) is not None:
+    if layout in HOPPER:
+        if sm90_rs_w4.refuse(q, order, HOPPER[layout]) is not None:
             return w
-        data, factor = sm90_rs_w4.pack(q, order)
+        data, factor = sm90_rs_w4.pack(q, order, HOPPER[layout])
         return replace(w, data=data, scale=None, factor=factor, layout=layout, order=order)
     if sm80_w4.refuse(q, PACKED[layout]) is not None:
         return w

@@ -83,6 +83,39 @@ and.b32 t, t, 0x81808180;
 shl.b32 u, $4, 6;
 lop3.b32 $3, u, 0x00400040, t, 0xEA;
 """
+# the same for "fp16", code * 2^-14
+PLACE_FP16 = """.reg .b32 t, u;
+and.b32 $0, $4, 0x8E008E00;
+shf.r.wrap.b32 t, $4, $4, 3;
+and.b32 $1, t, 0x8E008E00;
+shf.r.wrap.b32 t, $4, $4, 1;
+and.b32 t, t, 0x80008000;
+shl.b32 u, $4, 3;
+lop3.b32 $2, u, 0x0E000E00, t, 0xEA;
+shf.r.wrap.b32 t, $4, $4, 2;
+and.b32 t, t, 0x80008000;
+shl.b32 u, $4, 6;
+lop3.b32 $3, u, 0x0E000E00, t, 0xEA;
+"""
+# nibble n ^ 8 in the low mantissa bits of 128 or 1024 reads as 136 + n or 1032 + n
+_NIBBLES = """.reg .b32 t, one, less;
+mov.b32 one, {one};
+mov.b32 less, {less};
+lop3.b32 $0, $4, 0x000F000F, {magic}, 0x6A;
+shr.u32 t, $4, 4;
+lop3.b32 $1, t, 0x000F000F, {magic}, 0x6A;
+shr.u32 t, $4, 8;
+lop3.b32 $2, t, 0x000F000F, {magic}, 0x6A;
+shr.u32 t, $4, 12;
+lop3.b32 $3, t, 0x000F000F, {magic}, 0x6A;
+fma.rn.{type} $0, $0, one, less;
+fma.rn.{type} $1, $1, one, less;
+fma.rn.{type} $2, $2, one, less;
+fma.rn.{type} $3, $3, one, less;
+"""
+# PTX for one word of "int4": the values of codes 0..3
+INT4_BF16 = _NIBBLES.format(one="0x3F803F80", less="0xC308C308", magic="0x43084308", type="bf16x2")
+INT4_FP16 = _NIBBLES.format(one="0x3C003C00", less="0xE408E408", magic="0x64086408", type="f16x2")
 
 
 def steps(k: int) -> tuple[int, ...]:

@@ -3,8 +3,10 @@
 | launch | reads | writes |
 |---|---|---|
 | sort_slots, or count_chunks, place_chunks (Triton) | ids | sorted_slots, starts, tiles, count |
-| ExpertGemm FC1 | x by sorted_slots // K; w13 | mid in sorted order |
-| ExpertGemm FC2 | mid; w2 | y in slot order |
+| quantize_rows (Triton, fp8) | x | xq, scales |
+| ExpertGemm FC1 | x or xq, by sorted_slots // K; w13 | mid in sorted order |
+| quantize_rows (Triton, fp8) | mid | midq, scales |
+| ExpertGemm FC2 | mid or midq; w2 | y in slot order |
 | combine_slots (Triton) | y, weights | out |
 
 No synchronisation; nothing depends on values that only the device knows.
@@ -14,11 +16,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from cutemoe.gemm.cute_launch import multiply
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.tensors import MoETensors
 from cutemoe.triton_kernels import combine
-from cutemoe.triton_kernels.moe import most_tiles, sorted_rows
+from cutemoe.triton_kernels.moe import fc1_input, fc2_input, most_tiles, sorted_rows
 
 if TYPE_CHECKING:
     from cutemoe.moe.plan import MoEConfig
@@ -31,18 +35,42 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     w = sorted_rows(problem, config, t)
     work = (w["sorted_slots"], w["tiles"], w["tile_count"])
     most = most_tiles(problem, config)
+    x, token_scale, expert_scale, divide = fc1_input(problem, t, w)
     multiply(
         config.fc1,
         most,
-        t.x,
+        x,
         t.w13,
         w["mid"],
         work,
+        x_scale=_scale(token_scale, expert_scale),
         bias=t.b13,
         params=(t.alpha, t.beta, t.limit),
-        top_k=problem.top_k,
-        gather=True,
+        top_k=max(divide, 1),
+        gather=divide > 0,
         activation=problem.activation,
     )
-    multiply(config.fc2, most, w["mid"], t.w2, w["y"], work, bias=t.b2, scatter=True, early=True)
+    mid, *scales = fc2_input(problem, t, w)
+    x_scale = _scale(*scales)
+    multiply(
+        config.fc2,
+        most,
+        mid,
+        t.w2,
+        w["y"],
+        work,
+        x_scale=x_scale,
+        bias=t.b2,
+        scatter=True,
+        early=True,
+    )
     combine.combine(w["y"], t.ids, t.weights, t.out, problem.experts, problem.expert_offset)
+
+
+def _scale(
+    token_scale: torch.Tensor | None, expert_scale: torch.Tensor | None
+) -> tuple[str, torch.Tensor | None]:
+    """Config's word for the scales of a GEMM's input, and their tensor."""
+    if token_scale is not None:
+        return "row", token_scale
+    return ("none" if expert_scale is None else "expert"), expert_scale

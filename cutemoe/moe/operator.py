@@ -113,7 +113,7 @@ def _call(
     pairs = zip(params, (alpha, beta, limit), strict=True)
     alpha_, beta_, limit_ = (number if tensor is None else tensor for tensor, number in pairs)
     shape13, shape2 = (experts, n13, hidden), (experts, hidden, inter)
-    order = gate_up if layout == HOPPER and n13 == 2 * inter else "plain"
+    order = gate_up if layout in HOPPER and n13 == 2 * inter else "plain"
     t = MoETensors(
         x=x,
         ids=ids,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from cutemoe.gemm.plan import WeightForm, choose_rows, choose_tile, refuse_weigh
 from cutemoe.moe import cute_nvfp4_plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
+from cutemoe.runtime import tune
 from cutemoe.runtime.backend import Backend, never, triton_unavailable
 from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
@@ -62,16 +63,62 @@ def refuse_cute(problem: Problem, device: Device) -> str | None:
     return why or _refuse_routing(problem)
 
 
-@lru_cache(maxsize=1024)
+@tune.kept
 def configure_cute(problem: Problem, device: Device) -> MoEConfig:
-    """Tiles for the CuTe kernels, from the rows and the experts that can be expected."""
-    p = problem
-    rows = cute_plan.choose_rows(p.tokens * p.top_k / p.experts)
+    """Tiles for the CuTe kernels: measured ones where the table has the layer, else chosen."""
+    found = tune.find("fused_moe", device, *_tuned_key(problem))
+    if found is None:
+        recipe = _recipe(problem)
+        mean = problem.tokens * problem.top_k / problem.experts
+        return _cute_tiles(problem, device, cute_plan.choose_rows(mean, recipe))
+    fc1, fc2 = (
+        cute_plan.Tile(**{**found[name], "rows": tuple(found[name]["rows"])})
+        for name in ("fc1", "fc2")
+    )
+    return MoEConfig(found["block_m"], fc1, fc2)
+
+
+def _recipe(p: Problem) -> cute_plan.Recipe:
+    return cute_plan.Recipe(p.weight, p.group_size or 0, p.activations)
+
+
+def _tuned_key(p: Problem) -> tuple[dict[str, Any], int]:
+    """What a row of the table of tuned configurations is for, and its size: tokens.
+
+    The heuristic's rows are part of it: calls with other ones are unlike, however near in size.
+    """
+    names = ("weight", "group_size", "activations", "gated")
+    names += ("hidden", "intermediate", "experts", "top_k")
+    shape = {name: getattr(p, name) for name in names}
+    rows = cute_plan.choose_rows(p.tokens * p.top_k / p.experts, _recipe(p))
+    return {**shape, "rows": " ".join(map(str, rows))}, p.tokens
+
+
+def _cute_passes(problem: Problem, device: Device) -> tuple[tune.Vary, ...]:
+    """Rows of a tile, then how FC1 and how FC2 cut the weights."""
+    recipe = _recipe(problem)
+
+    def rows(c: MoEConfig) -> list[MoEConfig]:
+        near = cute_plan.near_rows(recipe, c.fc1.rows)
+        return [_cute_tiles(problem, device, r) for r in near]
+
+    def fc1(c: MoEConfig) -> list[MoEConfig]:
+        return [replace(c, fc1=t) for t in cute_plan.other_tiles(recipe, c.fc1)]
+
+    def fc2(c: MoEConfig) -> list[MoEConfig]:
+        return [replace(c, fc2=t) for t in cute_plan.other_tiles(recipe, c.fc2)]
+
+    return rows, fc1, fc2
+
+
+def _cute_tiles(problem: Problem, device: Device, rows: tuple[int, ...]) -> MoEConfig:
+    """Tiles of these rows, from the experts that can be expected."""
+    p, recipe = problem, _recipe(problem)
     share = min(p.top_k / p.experts, 1.0)
     active = p.experts * (1.0 - (1.0 - share) ** p.tokens)
     outputs = (p.intermediate * (2 if p.gated else 1), p.hidden)
     fc1, fc2 = (
-        cute_plan.choose_tile(p.weight, rows, active * math.ceil(n / 64), device) for n in outputs
+        cute_plan.choose_tile(recipe, rows, active * math.ceil(n / 64), device) for n in outputs
     )
     return MoEConfig(rows[-1], fc1, fc2)
 
@@ -122,6 +169,7 @@ BACKENDS = (
         cute_plan.unavailable,
         refuse_cute,
         configure_cute,
+        tuning=tune.Tuning(_tuned_key, _cute_passes, asdict),
     ),
     Backend(
         "cute_nvfp4",

@@ -9,9 +9,9 @@ slots come last, at or beyond expert_start[E].
 | expert_start | int32 [E+1] | first sorted row of every expert; the last is the number of live rows |
 | tiles | int32 [max_tiles, 3] | (expert, first sorted row, rows) of every tile of rows |
 | tile_count | int32 [1] | how many of them are live |
-| xq | bf16 | values of the quantised FC1 input without global scale: fp8 with row scales [T, H], else [R, H] in sorted order |
+| xq | bf16 | values of the quantised FC1 input without global scale: fp8 with row scales [T, H], else [R, H] in sorted order; e4m3 where the weights are in layout sm90_rs_w4_fp8 |
 | mid | [R, I] | FC1 activation in sorted order: bf16 or fp16; float32 if it is quantised |
-| midq | bf16 [R, I] | values of the quantised FC2 input |
+| midq | [R, I] | values of the quantised FC2 input, as xq |
 | xq_scale, midq_scale | float32 [T], [R] | row scales of fp8 |
 | xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_nvfp4: codes of nvfp4 in sorted order |
 | xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I] | and their block scales; there is no mid |
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cutemoe.errors import invalid
-from cutemoe.gemm.weight import SM120, PackedWeight
+from cutemoe.gemm.weight import HOPPER, SM120, PackedWeight
 
 if TYPE_CHECKING:
     from cutemoe.moe.prepare import PreparedMoE
@@ -78,9 +78,9 @@ def layout(
     intermediate: int,
     activations: str,
     static_scale: bool,
-    codes: bool = False,
+    weights: str = "rows",
 ) -> Layout:
-    """Where every part sits; `codes`: activations are kept as codes of nvfp4.
+    """Where every part sits; `weights`: their layout, which decides how activations are kept.
 
     No part shrinks when tokens or top_k grow.
     """
@@ -92,15 +92,16 @@ def layout(
         "tiles": ((max_tiles(rows, experts), 3), i32),
         "tile_count": ((1,), i32),
     }
-    if codes:
+    if weights == SM120:
         wanted["sync"] = ((4,), i32)
         for name, width in (("xq", hidden), ("midq", intermediate)):
             wanted[name] = ((rows, width // 2), torch.uint8)
             wanted[f"{name}_scale"] = ((rows, -(-width // 64) * 4), torch.uint8)
     elif activations in ("fp8", "nvfp4"):
-        wanted["xq"] = ((rows if static_scale else tokens, hidden), bf16)
+        kept = torch.float8_e4m3fn if weights in HOPPER else bf16
+        wanted["xq"] = ((rows if static_scale else tokens, hidden), kept)
         wanted["mid"] = ((rows, intermediate), f32)
-        wanted["midq"] = ((rows, intermediate), bf16)
+        wanted["midq"] = ((rows, intermediate), kept)
         if not static_scale:
             wanted["xq_scale"] = ((tokens,), f32)
             wanted["midq_scale"] = ((rows,), f32)
@@ -126,7 +127,7 @@ def layout_of(problem: Problem) -> Layout:
         problem.intermediate,
         problem.activations,
         problem.static_scale,
-        problem.layout == SM120,
+        problem.layout,
     )
 
 
@@ -171,7 +172,7 @@ class Workspace:
             moe.intermediate,
             moe.activations,
             moe.input_scale1 is not None,
-            moe.w13.layout == SM120,
+            moe.w13.layout,
         )
         return Workspace(torch.empty(plan.nbytes, dtype=torch.uint8, device=moe.device))
 

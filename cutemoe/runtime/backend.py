@@ -18,6 +18,7 @@ from cutemoe.errors import Unsupported, invalid
 from cutemoe.runtime import settings
 from cutemoe.runtime.compile import NotCompiled
 from cutemoe.runtime.device import Device
+from cutemoe.runtime.tune import Tuning
 
 Problem = Any
 Refusal = Callable[[Problem, Device], "str | None"]
@@ -33,6 +34,7 @@ class Backend:
         unavailable: why nothing of this back end runs on a device, or None.
         refuse: why this problem does not run on a device where others do, or None.
         configure: the configuration for a problem; None where there is nothing to choose.
+        tuning: how configurations are searched; None where there is no search.
         variant: only for those who name it; neither chosen nor listed otherwise.
     """
 
@@ -42,6 +44,7 @@ class Backend:
     refuse: Refusal
     configure: Callable[[Problem, Device], Any] | None = None
     variant: bool = False
+    tuning: Tuning | None = None
 
     def reason(self, problem: Problem, device: Device) -> str | None:
         """Why this back end does not run the problem on the device, or None."""

@@ -8,6 +8,7 @@ import cutemoe
 from tests import strategies as draw
 from tests.close import assert_same
 from tests.gemm.cases import (
+    BITS,
     COMBINATIONS,
     X,
     call,
@@ -30,7 +31,7 @@ def check(target, format, kind, sizes, tail, seed, n=48, k=96, scale=None, prepa
     x_scale = None if scale is None else draw.powers_of_two((rows,) if scale else (), seed + 4)
     for g in range(len(sizes)):
         for row in x[offsets[g] : offsets[g + 1]]:
-            assert_order_free(row, values(w, torch.float64)[g])
+            assert_order_free(row, values(w, torch.float64)[g], BITS[kind])
     want = naive(x, w, offsets, x_scale)
     got = call(target, x, w, offsets, x_scale, prepared=prepared)
     assert_same(got, want.to(out_dtype(x)))
@@ -83,6 +84,30 @@ def test_one_hot_rows_return_every_weight(target, format, kind):
     want = codes.dequantize().transpose(1, 2).reshape(2 * k, n)
     want = want if over is None else want * over
     assert_same(got, want.to(x.dtype))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8"])
+def test_groups_of_int4(target, kind, group):
+    """Tokens of one column return code times scale, for every column and scales of any mantissa."""
+    k = 256
+    w = cutemoe.quantize(draw.normal((2, 80, k), 9), "int4", group_size=group)
+    x = torch.eye(k).to(X[kind])
+    got = call(target, torch.cat([x, x]), w, offsets_of([k, k]), prepared=True)
+    want = w.dequantize().transpose(1, 2).reshape(2 * k, 80)
+    assert_same(got, want.to(out_dtype(x)))
+
+
+@pytest.mark.parametrize("span", [0, 11])
+def test_scales_of_mxfp4_under_fp8(target, span):
+    """One column a token, scales up to 11 octaves apart within 128 columns."""
+    k = 192
+    data = draw.random_bytes((1, 80, k // 2), 3)
+    scale = 100 + draw.random_bytes((1, 80, k // 32), 4) % (span + 1)
+    w = cutemoe.QuantizedTensor(data, scale.to(torch.uint8), format="mxfp4")
+    x = torch.eye(k).to(X["fp8"])
+    got = call(target, x, w, offsets_of([k]), prepared=True)
+    assert_same(got, w.dequantize()[0].T.bfloat16())
 
 
 @pytest.mark.parametrize("prepared", [True, False], ids=["packed", "rows"])

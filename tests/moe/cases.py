@@ -232,10 +232,10 @@ def lowest_bit(t: torch.Tensor) -> float:
     return float(torch.ldexp(low, e - 53).min())
 
 
-def assert_order_free(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Every partial sum of a [K] times b [N, K] is a float32 number, in any order."""
+def assert_order_free(a: torch.Tensor, b: torch.Tensor, bits: int = 24) -> None:
+    """Every partial sum of a [K] times b [N, K] is a number of that many bits, in any order."""
     most = float((b.double().abs() @ a.double().abs()).max())
-    assert most < 2**24 * lowest_bit(a) * lowest_bit(b), "the case is not exact"
+    assert most < 2**bits * lowest_bit(a) * lowest_bit(b), "the case is not exact"
 
 
 def operand(

@@ -174,7 +174,7 @@ def test_the_launch_style_follows_one_table(monkeypatch):
 
 def test_scratch_is_compact():
     """256 experts, 1024 routed rows, H = 7168, I = 2048: what the GEMMs read is 5.4 MB."""
-    parts = layout(128, 8, 256, 7168, 2048, "nvfp4", True, codes=True).parts
+    parts = layout(128, 8, 256, 7168, 2048, "nvfp4", True, weights="sm120_nvfp4").parts
     sizes = {n: torch.Size(p.shape).numel() * p.dtype.itemsize for n, p in parts.items()}
     read = sum(v for n, v in sizes.items() if n != "y")
     assert read < 5.4e6

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import cutemoe
 from tests import strategies as draw
-from tests.close import assert_same
+from tests.close import assert_same, assert_within
 from tests.moe.cases import (
     COMBINATIONS,
     EXACT,
@@ -27,12 +27,17 @@ ids_of = "{}-{}".format
 @pytest.mark.parametrize("gate_up", ["gate_up", "up_gate", "interleaved"])
 @pytest.mark.parametrize(("format", "activations"), COMBINATIONS)
 def test_every_combination_of_formats(target, format, activations, gate_up, rows):
+    """Bit for bit, but for fp8 in CuTe: FC2 has sums of 16 bits here, of which wgmma of fp8 keeps
+    12, so those obey the tolerance rule; tests/gemm has sums that fit, bit for bit."""
     layer = exact_layer(format, activations, gate_up=gate_up, seed=3)
     r = draw.Routing(T=7, K=2, E=5, offset=0, pattern="skips", seed=11)
     x, ids, weights = exact_x(7, layer, 5), r.ids(), r.weights(exact=True)
     want = naive(layer, x, ids, weights, SATURATED, exact=True)
     got = call(target, layer, x, ids, weights, activation=SATURATED, rows=rows)
-    assert_same(got, want.to(x.dtype))
+    if (target.backend, activations) == ("cute", "fp8"):
+        assert_within(got, want.to(x.dtype), want)
+    else:
+        assert_same(got, want.to(x.dtype))
 
 
 @pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])

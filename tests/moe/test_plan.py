@@ -1,16 +1,18 @@
 """Refusals and configurations, as pure functions of a problem and a device."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from cutemoe import registry
-from cutemoe.gemm.cute_plan import Config, choose_rows, choose_tile
+from cutemoe.gemm.cute_plan import Config, Recipe, choose_rows, choose_tile
 from cutemoe.gemm.plan import weight_layout
 from cutemoe.moe import plan
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.workspace import MIN_TILE_ROWS
+from cutemoe.runtime import tune
 from cutemoe.runtime.backend import choose, explain
 from cutemoe.runtime.device import Device
 from tests.moe.cases import SUPPORTED
@@ -130,7 +132,10 @@ def test_every_routing_has_a_configuration(experts):
         ("bf16", "triton", H200, "sm80_w4_bf16"),
         ("bf16", "cute", A100, "rows"),
         ("bf16", "auto", A100, "sm80_w4_bf16"),
-        ("fp16", "auto", H200, "sm80_w4_fp16"),
+        ("fp16", "auto", H200, "sm90_rs_w4_fp16"),
+        ("fp16", "triton", H200, "sm80_w4_fp16"),
+        ("fp16", "auto", A100, "sm80_w4_fp16"),
+        ("fp8", "auto", H200, "sm80_w4_bf16"),
         ("fp8", "triton", A100, "sm80_w4_bf16"),
         ("nvfp4", "auto", H200, "sm80_w4_bf16"),
         ("bf16", "reference", H200, "rows"),
@@ -145,19 +150,36 @@ def test_weights_sit_where_their_back_end_wants_them(activations, backend, devic
     pytest.importorskip("cutlass")
     assert weight_layout("nvfp4", activations, backend, device) == layout
     problem = replace(GOOD, weight="nvfp4", activations=activations, layout=layout)
-    assert (CUTE if layout == "sm90_rs_w4" else TRITON).refuse(problem, H200) is None
+    assert (CUTE if layout.startswith("sm90_rs_w4") else TRITON).refuse(problem, H200) is None
 
 
 def test_int4_and_dense_weights_are_packed_for_triton():
     for weight in ("int4", "dense"):
-        assert weight_layout(weight, "bf16", "auto", H200) == "sm80_w4_bf16"
+        assert weight_layout(weight, "bf16", "triton", H200) == "sm80_w4_bf16"
+    assert weight_layout("dense", "bf16", "auto", H200) == "sm80_w4_bf16"
+
+
+@pytest.mark.parametrize("weight", ["mxfp4", "int4"])
+@pytest.mark.parametrize("activations", ["bf16", "fp16", "fp8"])
+def test_the_hopper_layout_follows_the_activations(weight, activations):
+    pytest.importorskip("cutlass")
+    layout = "sm90_rs_w4" + ("" if activations == "bf16" else f"_{activations}")
+    assert weight_layout(weight, activations, "auto", H200) == layout
+    problem = replace(GOOD, weight=weight, activations=activations, layout=layout)
+    assert CUTE.refuse(problem, H200) is None
+    assert "weights in layout" in (TRITON.refuse(problem, H200) or "")
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"weight": "int4"}, "weights in one of mxfp4, nvfp4, got int4"),
-        ({"activations": "fp16"}, "activations 'bf16', got 'fp16'"),
+        ({"weight": "fp8"}, "with bf16 weights in one of mxfp4, nvfp4, int4, got fp8"),
+        (
+            {"weight": "nvfp4", "activations": "fp8"},
+            "with fp8 weights in one of mxfp4, int4, got nvfp4",
+        ),
+        ({"activations": "nvfp4"}, "activations in one of bf16, fp16, fp8, got 'nvfp4'"),
+        ({"activations": "fp16"}, "layout sm90_rs_w4_fp16, got 'sm90_rs_w4'"),
         ({"layout": "rows"}, "layout sm90_rs_w4, got 'rows'"),
         ({"top_k": plan.MAX_TOP_K + 1}, "top_k <= 32, got 33"),
         ({"experts": plan.MAX_EXPERTS + 1}, "experts <= 1024, got 1025"),
@@ -175,17 +197,72 @@ def test_cute_needs_hopper_and_triton():
         assert CUTE.unavailable(device)
 
 
-@pytest.mark.parametrize("weight", ["mxfp4", "nvfp4"])
+RECIPES = [
+    Recipe("mxfp4", 32),
+    Recipe("nvfp4", 16, "fp16"),
+    Recipe("int4", 32, "fp16"),
+    Recipe("int4", 128),
+    Recipe("int4", 128, "fp8"),
+    Recipe("mxfp4", 32, "fp8"),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 1024, 4096, 100000])
-def test_cute_tiles_fit_the_card(tokens, weight):
-    config = CUTE.config(replace(GOOD, tokens=tokens, weight=weight, experts=128), H200)
+def test_cute_tiles_fit_the_card(tokens, recipe):
+    formats = {
+        "weight": recipe.weight,
+        "group_size": recipe.group,
+        "activations": recipe.activations,
+    }
+    config = CUTE.config(replace(GOOD, tokens=tokens, experts=128, **formats), H200)
     assert config.fc1.rows == config.fc2.rows and config.block_m == config.fc1.block_m
     for tile in (config.fc1, config.fc2):
         assert tile.rows[0] >= MIN_TILE_ROWS and all(m % 8 == 0 for m in tile.rows)
         assert tile.rows == tuple(sorted(set(tile.rows))) and len(tile.rows) <= 4
-        assert Config(weight, tile).smem_bytes <= H200.smem_bytes and tile.lag < tile.stages
+        assert Config(recipe, tile).smem_bytes <= H200.smem_bytes and tile.lag < tile.stages
         load, math = tile.registers
         assert load + tile.warpgroups * math <= 512 // tile.ctas
+
+
+def problem_of(recipe: Recipe, tokens: int) -> Problem:
+    formats = {"weight": recipe.weight, "group_size": recipe.group}
+    return replace(GOOD, tokens=tokens, experts=128, activations=recipe.activations, **formats)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 1024, 4096])
+def test_what_is_searched_fits_the_card(tokens, recipe):
+    problem = problem_of(recipe, tokens)
+    assert CUTE.tuning is not None
+    with tune.trying(None):
+        start = CUTE.config(problem, H200)
+    for vary in CUTE.tuning.passes(problem, H200):
+        found = list(vary(start))
+        assert found and len(set(found)) == len(found)
+        for c in found:
+            assert c.block_m == c.fc1.block_m == c.fc2.block_m
+            for tile in (c.fc1, c.fc2):
+                assert (
+                    Config(recipe, tile).smem_bytes <= (H200.smem_bytes + 1024) // tile.ctas - 1024
+                )
+                assert tile.lag < tile.stages
+                load, math = tile.registers
+                assert load + tile.warpgroups * math <= 512 // tile.ctas
+
+
+def test_a_measured_configuration_stands_in_for_the_heuristic():
+    problem = problem_of(RECIPES[0], 64)
+    assert CUTE.tuning is not None
+    with tune.trying(None):
+        start = CUTE.config(problem, H200)
+        other = [c for vary in CUTE.tuning.passes(problem, H200) for c in vary(start)][-1]
+    # as a table holds it
+    plain = json.loads(json.dumps(CUTE.tuning.plain(other)))
+    with tune.trying(plain):
+        assert CUTE.config(problem, H200) == other != start
+    shape, size = CUTE.tuning.key(problem)
+    assert size == 64 and json.dumps(shape)
 
 
 @pytest.mark.parametrize(
@@ -193,15 +270,33 @@ def test_cute_tiles_fit_the_card(tokens, weight):
     [(0.02, (8, 16)), (6, (8, 16)), (24, (16, 24, 32, 40)), (96, (80, 96, 112, 128)), (3000, None)],
 )
 def test_rows_of_a_tile_follow_the_tokens_of_an_expert(mean, rows):
-    assert choose_rows(mean) == (rows or (32, 64, 96, 128))
+    assert choose_rows(mean, Recipe("mxfp4", 32)) == (rows or (32, 64, 96, 128))
+    assert choose_rows(3000, Recipe("int4", 64)) == (32, 64, 96)
+    assert choose_rows(96, Recipe("int4", 64, "fp8")) == (80, 96, 112)
 
 
 def test_warpgroups_divide_the_blocks_evenly():
     """One token of the headline shape, 6 experts of 64 blocks: 132 items of 3 blocks."""
-    assert choose_tile("mxfp4", (8, 16), 6 * 64, H200).warpgroups == 3
-    assert choose_tile("mxfp4", (8, 16), 200 * 64, H200).warpgroups == 4
+    recipe = Recipe("mxfp4", 32)
+    assert choose_tile(recipe, (8, 16), 6 * 64, H200).warpgroups == 3
+    assert choose_tile(recipe, (8, 16), 200 * 64, H200).warpgroups == 4
 
 
 def test_every_op_is_found():
     for op in ("route", "fused_moe", "grouped_gemm"):
         assert registry.backends(op)
+
+
+def test_the_shipped_table_is_found_and_fits():
+    """The row of 64 tokens of the headline shape, for the batches of its kind."""
+    layer = replace(GOOD, hidden=4096, intermediate=2048, experts=256, top_k=6)
+    layer = replace(layer, layout="sm90_rs_w4")
+    measured = CUTE.config(replace(layer, tokens=64), H200)
+    assert measured.block_m == 24 and measured.fc1.rows == (8, 16, 24)
+    assert CUTE.config(replace(layer, tokens=17), H200) == measured
+    # other rows by the heuristic, or too far below
+    for tokens in (16, 1025, 65):
+        config = CUTE.config(replace(layer, tokens=tokens), H200)
+        with tune.trying(None):
+            assert config == CUTE.config(replace(layer, tokens=tokens), H200)
+    assert Config(RECIPES[0], measured.fc1).smem_bytes <= H200.smem_bytes

@@ -92,19 +92,63 @@ def test_packed_weights_unpack_to_what_was_packed(format, layout):
     assert_same(one.data, w.data[1:2])
 
 
+HOPPER = [
+    (format, layout, group)
+    for layout, compute in sm90_rs_w4.COMPUTE.items()
+    for format in sm90_rs_w4.WEIGHTS[compute]
+    for group in ((32, 64, 128) if format == "int4" else (None,))
+]
+
+
 @pytest.mark.parametrize("order", sm90_rs_w4.ORDERS)
-@pytest.mark.parametrize("format", sm90_rs_w4.SCALE_BYTES)
-def test_hopper_weights_unpack_to_what_was_packed(format, order):
+@pytest.mark.parametrize(("format", "layout", "group"), HOPPER)
+def test_hopper_weights_unpack_to_what_was_packed(format, layout, group, order):
     spread = torch.exp2(draw.integers((E, 80, 1), 2, 9, torch.float32))
-    w = cutemoe.quantize(draw.normal((E, 80, 160), 1) * spread, format)
-    packed = PackedWeight.of(w, layout="sm90_rs_w4", order=order)
-    assert packed.layout == "sm90_rs_w4" and packed.data.shape[1:3] == (2, 3)
+    k = {64: 192, 128: 256}.get(group, 160)
+    w = cutemoe.quantize(draw.normal((E, 80, k), 1) * spread, format, group_size=group)
+    packed = PackedWeight.of(w, layout=layout, order=order)
+    assert packed.layout == layout and packed.data.shape[1:3] == (2, -(-k // 64))
     for back in (packed.unpack(), packed.in_rows().unpack()):
         assert isinstance(back, cutemoe.QuantizedTensor)
         assert_same(back.data, w.data)
         assert_same(back.scale.view(torch.uint8), w.scale.view(torch.uint8))
         assert_same(back.dequantize(), w.dequantize())
     assert_same(packed.group(1).data, w.data[1:2])
+
+
+@pytest.mark.parametrize(
+    ("layout", "low", "kept"),
+    [
+        ("sm90_rs_w4_fp16", 127 - 24, True),
+        ("sm90_rs_w4_fp16", 127 - 25, False),
+        ("sm90_rs_w4_fp8", 127 - 11, True),
+        ("sm90_rs_w4_fp8", 127 - 12, False),
+    ],
+)
+def test_hopper_layouts_hold_mxfp4_exactly_or_not_at_all(layout, low, kept):
+    data = draw.random_bytes((1, 16, 96), 1)
+    scale = torch.full((1, 16, 6), 127, dtype=torch.uint8)
+    scale[:, 3, 1] = low
+    w = cutemoe.QuantizedTensor(data, scale, format="mxfp4")
+    packed = PackedWeight.of(w, layout=layout)
+    assert packed.layout == (layout if kept else "rows")
+    back = packed.unpack()
+    assert isinstance(back, cutemoe.QuantizedTensor)
+    assert_same(back.dequantize(), w.dequantize())
+
+
+def test_groups_of_zeros_do_not_widen_the_span_of_fp8():
+    data = draw.random_bytes((1, 16, 96), 1)
+    data[0, 3, 16:32] = 0x08
+    scale = torch.full((1, 16, 6), 127, dtype=torch.uint8)
+    scale[:, 3, 1] = 0
+    scale[:, 4, 5] = 137
+    w = cutemoe.QuantizedTensor(data, scale, format="mxfp4")
+    packed = PackedWeight.of(w, layout="sm90_rs_w4_fp8")
+    assert packed.layout == "sm90_rs_w4_fp8"
+    back = packed.unpack()
+    assert isinstance(back, cutemoe.QuantizedTensor)
+    assert_same(back.dequantize(), w.dequantize())
 
 
 def test_hopper_rows_bring_gate_and_up_together():

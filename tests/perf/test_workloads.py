@@ -20,6 +20,12 @@ def test_shapes_of_the_issue_have_their_names() -> None:
         assert w.batches == MOE_BATCHES and w.op == "fused_moe"
 
 
+def test_skewed_routing_is_measured_on_the_headline_shape() -> None:
+    for name in ("headline_one", "headline_zipf", "headline_w4a8_one", "headline_w4a8_zipf"):
+        w = WORKLOADS[name]
+        assert isinstance(w, MoEWorkload) and name.endswith(w.skew)
+
+
 def test_gdn_covers_the_grid() -> None:
     found = [w for w in WORKLOADS.values() if isinstance(w, GDNWorkload)]
     assert len(found) == 2 * 2 * 4 * 4

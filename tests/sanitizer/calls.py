@@ -31,7 +31,9 @@ LAYERS = (
     ("mxfp4", "fp16"),
     ("nvfp4", "bf16"),
     ("nvfp4", "nvfp4"),
+    ("int4", "bf16"),
     ("int4", "fp8"),
+    ("mxfp4", "fp8"),
     ("bf16", "bf16"),
 )
 

@@ -27,10 +27,13 @@ def rows(n: int, width: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return x.to(dtype)
 
 
-@given(n=st.integers(1, 6), width=st.integers(1, 70), dtype=INPUTS, seed=draw.seeds())
-def test_fp8_by_row(n, width, dtype, seed):
+KEPT = st.sampled_from([torch.bfloat16, torch.float8_e4m3fn])
+
+
+@given(n=st.integers(1, 6), width=st.integers(1, 70), dtype=INPUTS, kept=KEPT, seed=draw.seeds())
+def test_fp8_by_row(n, width, dtype, kept, seed):
     x = rows(n, width, dtype, seed)
-    out, scale = torch.full((n, width), 7.0).bfloat16(), torch.full((n,), 7.0)
+    out, scale = torch.full((n, width), 7.0).to(kept), torch.full((n,), 7.0)
     quantize.quantize(x, out, "fp8", scale=scale)
     want = fp8.row_scale(x.float())
     assert_same(scale, want)
