@@ -53,12 +53,16 @@ class FC1(ExpertGemm):
         if program < self.programs(operands, tiles):
             self.body(operands, tiles, multipliers, mBias, params, result, program, self.stages())
 
+    def programs(self, operands, tiles):
+        """Live tiles times blocks of outputs."""
+        return tiles[1][0] * self.blocks(operands)
+
     @cute.jit
     def body(self, operands, tiles, multipliers, mBias, params, result, program, base):
-        """One tile of rows and block of outputs; base: address of shared memory."""
-        work = self.work(operands, tiles, program)
-        acc = self.sums()
-        self.multiply(operands, work, base, acc)
+        """One tile of rows and block of outputs, blocks of a tile side by side."""
+        blocks = self.blocks(operands)
+        work = self.work(tiles[0], program // blocks, program % blocks)
+        acc = self.product(operands, work, base)
         self.finish(acc, work, multipliers, mBias, params, result, self.n_out(operands))
 
     @cute.jit

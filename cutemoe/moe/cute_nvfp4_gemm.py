@@ -84,16 +84,20 @@ class ExpertGemm:
         N = operands[2].shape[1]
         return N // 2 if self.c.gated else N
 
-    def programs(self, operands, tiles):
-        """Live tiles times blocks of outputs."""
-        return tiles[1][0] * cute.ceil_div(self.n_out(operands), self.c.outputs)
+    def blocks(self, operands):
+        """Blocks of outputs of a row."""
+        return cute.ceil_div(self.n_out(operands), self.c.outputs)
 
-    def work(self, operands, tiles, program):
-        """The tile and the block of outputs of a program, blocks of a tile side by side."""
-        blocks = cute.ceil_div(self.n_out(operands), self.c.outputs)
-        mTiles, tile = tiles[0], program // blocks
-        j0 = program % blocks * self.c.outputs
+    def work(self, mTiles, tile, block):
+        """A tile of rows and a block of outputs."""
+        j0 = block * self.c.outputs
         return Work(mTiles[tile, 0], mTiles[tile, 1], mTiles[tile, 2], j0)
+
+    def product(self, operands, work, base):
+        """The sums of this thread for a tile and a block; base: address of shared memory."""
+        acc = self.sums()
+        self.multiply(operands, work, base, acc)
+        return acc
 
     # ---- memory to stages
 

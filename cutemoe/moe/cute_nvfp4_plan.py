@@ -22,6 +22,8 @@ NATIVE = (120, 121)
 MAX_INDEX = 2**31 - 1
 # rows of w that a CTA multiplies
 BLOCK_N = 128
+# most CTAs that share the sums over the slots of all tokens, in one part of the columns
+COMBINERS = 256
 
 
 @dataclass(frozen=True)
@@ -144,19 +146,25 @@ class RowsConfig:
 
 
 @dataclass(frozen=True)
+class FC2Config:
+    """Everything FC2 with the weighted sum is compiled for; rows: of what it writes."""
+
+    gemm: GemmConfig
+    rows: RowsConfig
+
+
+@dataclass(frozen=True)
 class FusedConfig:
     """Everything the kernel of a whole layer is compiled for.
 
     Attributes:
-        quantise, combine: of its ends.
         dynamic: tiles of the GEMMs are taken from a counter.
     """
 
     sort: SortConfig
     quantise: RowsConfig
     fc1: GemmConfig
-    fc2: GemmConfig
-    combine: RowsConfig
+    fc2: FC2Config
     dynamic: bool = False
 
 
