@@ -10,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 
 from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
+from cutemoe.dsl.pdl import results_of_the_last_kernel
 from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
 from cutemoe.moe.cute_nvfp4_plan import GemmConfig
 
@@ -37,7 +38,11 @@ class FC1(ExpertGemm):
     ):
         """See `kernel`; `programs` is at least the live tiles times the blocks of outputs."""
         self.kernel(operands, tiles, multipliers, mBias, params, result).launch(  # pyright: ignore
-            grid=[programs, 1, 1], block=[self.t.threads, 1, 1], min_blocks_per_mp=1, stream=stream
+            grid=[programs, 1, 1],
+            block=[self.t.threads, 1, 1],
+            min_blocks_per_mp=1,
+            use_pdl=self.pdl,
+            stream=stream,
         )
 
     @cute.kernel
@@ -50,6 +55,7 @@ class FC1(ExpertGemm):
         scales [R, 4 * ceil(I/64)].
         """
         program, _, _ = cute.arch.block_idx()
+        results_of_the_last_kernel(self.pdl)
         if program < self.programs(operands, tiles):
             self.body(operands, tiles, multipliers, mBias, params, result, program, self.stages())
 

@@ -25,6 +25,7 @@ from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
 from cutemoe.dsl.grid import announce, next_item, wait_for
 from cutemoe.dsl.memory import SmemAllocator
+from cutemoe.dsl.pdl import results_of_the_last_kernel
 from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
 from cutemoe.moe.cute_nvfp4_plan import FC2Config
 from cutemoe.moe.cute_nvfp4_rows import Combine
@@ -53,7 +54,11 @@ class FC2(ExpertGemm):
     ):
         """See `kernel`; `programs` is at least the number of items."""
         self.kernel(operands, tiles, multipliers, mBias, mY, call, mSync, numbers).launch(  # pyright: ignore
-            grid=[programs, 1, 1], block=[self.t.threads, 1, 1], min_blocks_per_mp=1, stream=stream
+            grid=[programs, 1, 1],
+            block=[self.t.threads, 1, 1],
+            min_blocks_per_mp=1,
+            use_pdl=self.pdl,
+            stream=stream,
         )
 
     @cute.kernel
@@ -64,6 +69,7 @@ class FC2(ExpertGemm):
         [slots * R, columns]; call: ids, weights, out; sync: see `Progress`; numbers: expert_offset,
         E, combiners.
         """
+        results_of_the_last_kernel(self.pdl)
         smem = SmemAllocator()
         base = smem.allocate(self.t.smem_bytes, byte_alignment=128).toint()
         shared = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout((1,)))

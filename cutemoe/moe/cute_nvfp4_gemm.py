@@ -24,7 +24,7 @@ from cutemoe.dsl.copy import copy_async, matrices, shared_word
 from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.dsl.mma import block_scaled_mma
 from cutemoe.errors import Unsupported
-from cutemoe.moe.cute_nvfp4_plan import BLOCK_N, SMEM_LIMIT, GemmConfig
+from cutemoe.moe.cute_nvfp4_plan import BLOCK_N, SMEM_LIMIT, GemmConfig, has_pdl
 
 
 class Work:
@@ -48,6 +48,7 @@ class ExpertGemm:
                 f"tile {t}: {t.smem_bytes} bytes of shared memory, at most {SMEM_LIMIT}"
             )
         self.c, self.t = c, t
+        self.pdl = has_pdl(c.arch)
         self.policy = block_scaled_mma(c.arch)
         self.pitch = t.block_k // 2
         self.steps = t.block_k // 64

@@ -8,8 +8,9 @@
 | FC2 | midq, w2, weights | y in slot order, some columns at once; out |
 
 Style "pipeline" launches every stage; grids are bounds that the host knows, and CTAs beyond the
-live tiles exit. "static" and "dynamic" are one cooperative launch, after one that zeroes its
-counters. No synchronisation with the host.
+live tiles exit; each kernel after the first starts while the one before it ends. "static" and
+"dynamic" are one cooperative launch, after one that zeroes its counters. "external" is not ours
+(`hybrid.plug_prefill`). No synchronisation with the host.
 
 x is quantised for each slot, not for each token: multipliers may differ between experts, and sorted
 rows need no gather in FC1.
@@ -58,6 +59,9 @@ def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
         Unsupported: the codes of the weights are not aligned to 16 bytes.
         InvalidCall: a kernel is not compiled yet and a CUDA graph is being captured.
     """
+    if config.prefill is not None:
+        config.prefill.run(problem, t)
+        return
     for name, weight in (("w13", t.w13), ("w2", t.w2)):
         if weight.data.data_ptr() % 16:
             raise Unsupported(f"{name}: back end 'cute_nvfp4' takes codes aligned to 16 bytes")

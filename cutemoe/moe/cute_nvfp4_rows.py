@@ -15,7 +15,8 @@ from cutlass import (
 )
 
 from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
-from cutemoe.moe.cute_nvfp4_plan import RowsConfig
+from cutemoe.dsl.pdl import results_of_the_last_kernel
+from cutemoe.moe.cute_nvfp4_plan import RowsConfig, has_pdl
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
 
@@ -40,6 +41,7 @@ class Quantise:
     def __init__(self, c: RowsConfig, threads: int = 128):
         self.threads = threads
         self.codec, self.ids, self.dtype = Codec(c.arch), Ids(c.flat), DTYPES[c.dtype]
+        self.pdl = has_pdl(c.arch)
 
     @cute.jit
     def __call__(
@@ -57,12 +59,16 @@ class Quantise:
         """x [T, H], ids [T, K], sorted slots [R], starts [E + 1], multipliers [E] -> codes as
         words [R, H/8] and scales [R, 4 * ceil(H/64)] of the sorted rows."""
         self.kernel(mX, mIds, mSlots, mStart, mScale, mQ, mS, offset).launch(  # pyright: ignore
-            grid=[cute.size(mSlots), 1, 1], block=[self.threads, 1, 1], stream=stream
+            grid=[cute.size(mSlots), 1, 1],
+            block=[self.threads, 1, 1],
+            use_pdl=self.pdl,
+            stream=stream,
         )
 
     @cute.kernel
     def kernel(self, mX, mIds, mSlots, mStart, mScale, mQ, mS, offset):
         row, _, _ = cute.arch.block_idx()
+        results_of_the_last_kernel(self.pdl)
         if row < mStart[mStart.shape[0] - 1]:
             self.row(mX, mIds, mSlots, mScale, mQ, mS, offset, row)
 

@@ -22,7 +22,7 @@ class Sort:
     """The kernel for one SortConfig; `warps` of a CTA."""
 
     def __init__(self, c: SortConfig, warps: int = 16):
-        self.bins, self.ids, self.warps = c.bins, Ids(c.flat), warps
+        self.bins, self.ids, self.warps, self.pdl = c.bins, Ids(c.flat), warps, c.pdl
 
     @cute.jit
     def __call__(
@@ -45,6 +45,9 @@ class Sort:
 
     @cute.kernel
     def kernel(self, mIds, rows, mSync, offset, experts, block_m):
+        if const_expr(self.pdl):
+            # not launched early itself: whatever ran before may not know of it
+            cute.arch.griddepcontrol_launch_dependents()
         if cute.arch.block_idx()[0] == 0:
             for i in range(cute.arch.thread_idx()[0], mSync.shape[0], 32 * self.warps):
                 mSync[i] = Int32(0)

@@ -147,10 +147,29 @@ def test_the_emulation_compiles_beside_the_instruction(arch):
         assert count(found, r"OMMA\S*") == 0 and count(found, "HMMA") > 0
 
 
-def test_sm_80_has_no_conversion_and_needs_none():
-    config = configuration("decode", "sm_80")
-    for build, c in (("build_quantise", config.rows), ("build_fc1", config.fc1)):
-        assert ask(build, c, "sm_80")["local_bytes"] == 0
+def launches(config: Nvfp4Config) -> dict[str, Any]:
+    """Kernels of the pipeline, first to last."""
+    return {
+        "build_sort": config.sort,
+        "build_quantise": config.rows,
+        "build_fc1": config.fc1,
+        "build_fc2": of_fc2(config),
+    }
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120a"])
+def test_every_launch_of_the_pipeline_waits_for_the_one_before(arch):
+    for build, c in launches(configuration("decode", arch)).items():
+        ptx = ask(build, c, arch)["ptx"]
+        # the first is launched as any other kernel
+        assert ptx.count("griddepcontrol.wait") == (build != "build_sort")
+        assert ptx.count("griddepcontrol.launch_dependents") == 1
+
+
+def test_sm_80_has_no_conversion_and_no_early_launch_and_needs_none():
+    for build, c in launches(configuration("decode", "sm_80")).items():
+        found = ask(build, c, "sm_80")
+        assert found["local_bytes"] == 0 and "griddepcontrol" not in found["ptx"]
 
 
 @pytest.mark.parametrize("tile", plan.TILES.values(), ids=str)

