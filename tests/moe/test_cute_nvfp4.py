@@ -289,7 +289,8 @@ def test_a_token_has_the_same_bits_in_every_batch(tokens):
 
 
 @pytest.mark.gpu
-def test_a_graph_replays_with_new_tokens_and_routing():
+@pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
+def test_a_graph_replays_with_new_tokens_and_routing(style):
     layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
     moe = layer.prepared(GPU)
     cases = []
@@ -304,12 +305,14 @@ def test_a_graph_replays_with_new_tokens_and_routing():
         inputs = [torch.empty_like(t).copy_(t) for t in cases[0]]
         space = poison.empty((cutemoe.Workspace.for_moe(moe, 24, 3).nbytes,), torch.uint8)
         out = poison.empty((24, 256), torch.bfloat16)
+        # compiled before it is captured
+        cutemoe.fused_moe(*inputs[:1], moe, *inputs[1:], backend=f"cute_nvfp4_{style}")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             x, ids, weights = inputs
             cutemoe.fused_moe(
                 x, moe, ids, weights, out=out, workspace=cutemoe.Workspace(space),
-                backend="cute_nvfp4",
+                backend=f"cute_nvfp4_{style}",
             )  # fmt: skip
         for _ in range(3):
             for case, y in zip(cases, want, strict=True):
@@ -416,3 +419,36 @@ def test_extreme_values_of_x_and_weights():
     finite = torch.isfinite(want)
     assert torch.equal(torch.isfinite(got), finite)
     assert (got - want)[finite].abs().max() <= want[finite].abs().max() * 2**-7
+
+
+def with_small_scales(q: cutemoe.QuantizedTensor) -> cutemoe.QuantizedTensor:
+    """The same values with block scales 2^-8 times as great: subnormal in e4m3."""
+    scale = (q.scale.float() * 2.0**-8).to(torch.float8_e4m3fn)
+    assert scale.view(torch.uint8).max() < 8
+    return cutemoe.QuantizedTensor(q.data, scale, q.global_scale * 2.0**8, format="nvfp4")
+
+
+@pytest.mark.parametrize("where", ["reference", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_subnormal_scales_of_weights_are_worth_what_they_say(where):
+    layer = exact_layer("nvfp4", "nvfp4")
+    small = replace(layer, w13=with_small_scales(layer.w13), w2=with_small_scales(layer.w2))
+    r = draw.Routing(T=40, K=2, E=5, offset=0, pattern="skips", seed=1)
+    args = exact_x(40, layer, 2), r.ids(), r.weights(exact=True)
+    want = meant(layer, args)
+    assert bool(want.any())
+    got = meant(small, args) if where == "reference" else run(small, *args, activation=SATURATED)[1]
+    assert_same(got.cpu(), want)
+
+
+def meant(layer, args):
+    x, ids, weights = args
+    moe = layer.prepared()
+    return cutemoe.fused_moe(x, moe, ids, weights, activation=SATURATED, backend="reference")
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_a_scale_that_is_nan_is_refused_with_the_weights(byte):
+    layer = exact_layer("nvfp4", "nvfp4")
+    layer.w13.scale.view(torch.uint8)[1, 2, 3] = byte
+    with pytest.raises(cutemoe.InvalidCall, match="w13: expected scales that are finite"):
+        layer.prepared()
