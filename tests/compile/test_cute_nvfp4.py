@@ -19,6 +19,7 @@ from cutemoe.moe import cute_nvfp4_plan as plan
 from cutemoe.moe.cute_nvfp4_plan import FC2Config, FusedConfig, GemmConfig, Nvfp4Config, Tile
 from cutemoe.moe.problem import Problem
 from cutemoe.runtime.device import Device
+from tests.compile.cute_harness import worker
 from tests.compile.cute_nvfp4 import ask
 from tests.compile.transplant import assembled, transplanted
 
@@ -237,3 +238,16 @@ def test_the_dsl_has_the_operands_where_the_policies_have_them():
         for k in range(64):
             assert place(found["SFA"], lane, k) == g + 8 * (t % 2) + 16 * k
             assert place(found["SFB"], lane, k) == g + 8 * k
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("arch", ["sm_80", *ARCHS])
+def test_a_step_with_mxfp4_scales_compiles_into_the_instruction_meant(arch, half):
+    from tests.compile.mma_step import Step
+
+    number = int(arch.strip("sm_a"))
+    found = worker().ask("tests.compile.mma_step:build", Step(number, half), arch)
+    assert found["local_bytes"] == 0 and found["registers"] <= 64
+    native = number >= 120
+    assert len(re.findall(r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.E8", found["sass"])) == native
+    assert count(found, r"OMMA\S*") == native and count(found, "HMMA") == 4 * (not native)

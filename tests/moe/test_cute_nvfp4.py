@@ -306,10 +306,10 @@ def test_a_graph_replays_with_new_tokens_and_routing(style):
         space = poison.empty((cutemoe.Workspace.for_moe(moe, 24, 3).nbytes,), torch.uint8)
         out = poison.empty((24, 256), torch.bfloat16)
         # compiled before it is captured
-        cutemoe.fused_moe(*inputs[:1], moe, *inputs[1:], backend=f"cute_nvfp4_{style}")
+        x, ids, weights = inputs
+        cutemoe.fused_moe(x, moe, ids, weights, backend=f"cute_nvfp4_{style}")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            x, ids, weights = inputs
             cutemoe.fused_moe(
                 x, moe, ids, weights, out=out, workspace=cutemoe.Workspace(space),
                 backend=f"cute_nvfp4_{style}",
@@ -424,7 +424,7 @@ def test_extreme_values_of_x_and_weights():
 def with_small_scales(q: cutemoe.QuantizedTensor) -> cutemoe.QuantizedTensor:
     """The same values with block scales 2^-8 times as great: subnormal in e4m3."""
     scale = (q.scale.float() * 2.0**-8).to(torch.float8_e4m3fn)
-    assert scale.view(torch.uint8).max() < 8
+    assert scale.view(torch.uint8).max() < 8 and q.global_scale is not None
     return cutemoe.QuantizedTensor(q.data, scale, q.global_scale * 2.0**8, format="nvfp4")
 
 
