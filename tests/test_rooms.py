@@ -22,6 +22,7 @@ ROLES = {
     "routing": "problem",
     "workspace": "problem",
     "cute_plan": "choice",
+    "hybrid": "choice",
     "cute_nvfp4_plan": "choice",
 }
 # room -> rooms it may import besides itself

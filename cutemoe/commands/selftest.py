@@ -26,7 +26,13 @@ from cutemoe.runtime.device import Device
 
 NATIVE = "cute_nvfp4"
 EMULATED = "cute_nvfp4_emulated"
-STYLES = (NATIVE, "cute_nvfp4_static", "cute_nvfp4_dynamic", EMULATED)
+STYLES = (
+    NATIVE,
+    "cute_nvfp4_pipeline",
+    "cute_nvfp4_static",
+    "cute_nvfp4_dynamic",
+    EMULATED,
+)
 # tokens, slots, experts, hidden, intermediate, gated: every tile height, widths no tile divides
 SHAPES = (
     (1, 2, 8, 256, 192, True),

@@ -1,5 +1,10 @@
 # pyright: reportAttributeAccessIssue=false
-"""The NVFP4 block-scaled MMA m16n8k64 as a policy: the instruction, or the same from fp16 MMAs.
+"""The block-scaled MMA m16n8k64 as a policy: the instruction, or the same from fp16 MMAs.
+
+| format | instruction | scales | one word of a row |
+|---|---|---|---|
+| nvfp4 | kind::mxf4nvf4, scale_vec::4X | e4m3, one for 16 k | one step of 64 k |
+| mxfp4 | kind::mxf4, scale_vec::2X | e8m0, one for 32 k | two steps: its halves |
 
 Both take the same registers. Lane 4 g + t holds, of A [16, 64], B [64, 8] and their scales:
 
@@ -7,14 +12,15 @@ Both take the same registers. Lane 4 g + t holds, of A [16, 64], B [64, 8] and t
 |---|---|
 | a0, a1, a2, a3 | 8 codes of row g, g + 8, g, g + 8 from k = 8 t (a0, a1) and 32 + 8 t (a2, a3) |
 | b0, b1 | 8 codes of column g from k = 8 t and 32 + 8 t |
-| sfa | 4 scales of row g + 8 t, one byte a block of 16 k; lanes t = 0 and 1 count |
-| sfb | 4 scales of column g; lane t = 0 counts |
+| sfa | scales of row g + 8 t, one byte a block of k; lanes t = 0 and 1 count |
+| sfb | scales of column g; lane t = 0 counts |
 | c0..c3 | sums (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1) |
 
 The order of k is free as long as A and B agree. So one m16n8k16 takes the codes 0, 4, 1, 5 or
 2, 6, 3, 7 of words 0 or 1 as its k, four make the instruction, and no code moves between lanes;
-scales come by shuffles within the quad. A code times a scale has 6 significant bits, from 2^-10 to
-2688: exact in fp16. Products are exact in float32; only the order of sums differs.
+scales come by shuffles. A code times an e4m3 scale has 6 significant bits, from 2^-10 to 2688:
+exact in fp16. Products are exact in float32; only the order of sums differs. e8m0 scales are beyond
+fp16, so the 32 products under a pair of them are added up without, exactly, and then multiplied.
 """
 
 import cutlass.cute as cute
@@ -24,11 +30,17 @@ from cutemoe.dsl.codec import Codec, mul_f16x2
 
 # the e2m1 exponent bias is 1, that of fp16 15: codes placed into fp16 are 2^14 too small
 _REBIAS = 0x74007400
+_REBIAS_HALF = 0x70007000
 
 
-def block_scaled_mma(arch: int):
-    """The policy for a target: 10 * major + minor of its compute capability."""
+def nvfp4_mma(arch: int):
+    """The policy for a target, 10 * major + minor of its compute capability."""
     return NativeMma() if arch in (120, 121) else EmulatedMma(arch)
+
+
+def mxfp4_mma(arch: int):
+    """The policy for a target with mxfp4 scales."""
+    return NativeMxfp4() if arch in (120, 121) else EmulatedMxfp4()
 
 
 class NativeMma:
@@ -113,7 +125,94 @@ class EmulatedMma:
         return [self.codec.fp16_pair((word >> (16 * half)) & Uint32(0xFF)) for half in range(2)]
 
 
+class Mxfp4Operands:
+    """Operands of one step with mxfp4 scales: registers, scale word, and which half of it."""
+
+    def a(self, words, scales, half: int):
+        """Operand A: its four words, the scale word, 0 or 1."""
+        return words, scales, half
+
+    def b(self, words, scales, half: int):
+        """Operand B: its two words, the scale word, 0 or 1."""
+        return words, scales, half
+
+
+class NativeMxfp4(Mxfp4Operands):
+    """mma.sync kind::mxf4 of sm_120a and sm_121a."""
+
+    native = True
+
+    def mma(self, acc, a, b):
+        """acc [4] += A B."""
+        d = cute.arch.inline_ptx(
+            "mma.sync.aligned.kind::mxf4.block_scale.scale_vec::2X.m16n8k64.row.col"
+            ".f32.e2m1.e2m1.f32.ue8m0 {{$w0}, {$w1}, {$w2}, {$w3}}, "
+            "{{$r0}, {$r1}, {$r2}, {$r3}}, {{$r5}, {$r6}}, {{$r8}, {$r9}, {$r10}, {$r11}}, "
+            f"{{{{$r4}}}}, {{{2 * a[2]}, 0}}, {{{{$r7}}}}, {{{2 * b[2]}, 0}};",
+            write_only_types=[Float32] * 4,
+            read_only_args=[*a[0], a[1], *b[0], b[1], *(acc[i] for i in range(4))],
+        )
+        for i in range(4):
+            acc[i] = d[i]
+
+
+class EmulatedMxfp4(Mxfp4Operands):
+    """Two mma.sync m16n8k16 of fp16 for 32 k, whose sums are then scaled.
+
+    Exact for every pair of scales but two of 2^127, which make infinities of numbers and NaN of 0.
+    """
+
+    native = False
+
+    def mma(self, acc, a, b):
+        """acc [4] += A B."""
+        lane = cute.arch.lane_idx()
+        quad, t = lane & ~3, lane & 3
+        rows = [cute.arch.shuffle_sync(a[1], quad + i) for i in range(2)]
+        columns = [cute.arch.shuffle_sync(b[1], 8 * t + 4 * i) for i in range(2)]
+        for block in range(2):
+            sums = [Float32(0.0)] * 4
+            for q in (0, 2):
+                x = [
+                    halves_of_codes(a[0][2 * block + r] >> (4 * (q + i)))
+                    for i in range(2)
+                    for r in range(2)
+                ]
+                y = [halves_of_codes(b[0][block] >> (4 * (q + i))) for i in range(2)]
+                sums = cute.arch.inline_ptx(
+                    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                    "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, "
+                    "{{$r6}, {$r7}, {$r8}, {$r9}};",
+                    write_only_types=[Float32] * 4,
+                    read_only_args=[*x, *y, *sums],
+                )
+            sa = [(w >> (16 * a[2] + 8 * block)) & Uint32(0xFF) for w in rows]
+            sb = [(w >> (16 * b[2] + 8 * block)) & Uint32(0xFF) for w in columns]
+            for i in range(4):
+                acc[i] = acc[i] + times_e8m0(sums[i], sa[i // 2], sb[i % 2])
+
+
+def placed_codes(word):
+    """e2m1 codes in bits 0..3 and 16..19 of a word, as two fp16 2^14 times too small."""
+    return ((word & Uint32(0x00070007)) << 9) | ((word & Uint32(0x00080008)) << 12)
+
+
+def times_e8m0(x, s, r):
+    """x * 4 * 2^(s - 127) * 2^(r - 127) in float32; NaN where s or r is 255."""
+    # 0x7fc00000 makes a quiet NaN of any bits; each factor has half of the exponent, and one more
+    broken = (((s + Uint32(1)) >> 8) | ((r + Uint32(1)) >> 8)) * Uint32(0x7FC00000)
+    low = (s + r) >> 1
+    high = s + r - low
+    for half in (low, high):
+        x = x * (((half + Uint32(1)) << 23) | broken).bitcast(Float32)
+    return x
+
+
+def halves_of_codes(word):
+    """e2m1 codes in bits 0..3 and 16..19 of a word, half as great, twice in fp16."""
+    return mul_f16x2(placed_codes(word), Uint32(_REBIAS_HALF))
+
+
 def scaled_codes(word, scale):
     """e2m1 codes in bits 0..3 and 16..19 of a word, times a scale twice in fp16, exact."""
-    x = ((word & Uint32(0x00070007)) << 9) | ((word & Uint32(0x00080008)) << 12)
-    return mul_f16x2(mul_f16x2(x, Uint32(_REBIAS)), scale)
+    return mul_f16x2(mul_f16x2(placed_codes(word), Uint32(_REBIAS)), scale)

@@ -1,6 +1,6 @@
 """FlashInfer's `b12x_fused_moe` and `B12xMoEWrapper` on the kernels of this package.
 
-Same names, arguments and conventions, quant_mode "nvfp4" only:
+Same names, arguments and conventions, quant_mode "nvfp4" and "w4a16":
 
 | argument | means here |
 |---|---|
@@ -10,8 +10,9 @@ Same names, arguments and conventions, quant_mode "nvfp4" only:
 | fc2_input_scale | [1] or [E]: the same divisor of the FC2 input |
 | w2_alpha | [1] or [E]: multiplier of the FC2 sums |
 
-So the multiplier of the weights is 1 for w1 and w2_alpha / fc2_input_scale for w2. Any intermediate
-size that is a multiple of 16 runs as it is: no weight is padded, copied or repointed.
+So the multiplier of the weights is 1 for w1 and w2_alpha / fc2_input_scale for w2. In "w4a16" nothing
+is quantised: both inputs are bf16, w1_alpha and w2_alpha multiply the sums, fc2_input_scale is None
+or not read. It runs on the NVFP4 x BF16 back ends of `fused_moe`. Any intermediate size that is a multiple of 16 runs as it is: no weight is padded, copied or repointed.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from cutemoe import GeGLU, PreparedMoE, QuantizedTensor, ReLU2, SwiGLU, Workspace
 from cutemoe import fused_moe as _fused_moe
 from cutemoe import prepare_moe as _prepare_moe
-from cutemoe.errors import Unsupported, invalid
+from cutemoe.errors import invalid
 from cutemoe.layouts import LAYOUTS
 
 QUANT_MODES = {"nvfp4": "nvfp4", "w4a4": "nvfp4", "fp4": "nvfp4", "w4a16": "w4a16", "bf16": "w4a16"}
@@ -36,7 +37,8 @@ class Options:
 
     Attributes:
         swiglu_alpha, swiglu_beta, swiglu_limit: of activation "swigluoai_uninterleave".
-        quant_mode, activation_precision: "nvfp4" ("w4a4") or its alias "fp4".
+        quant_mode, activation_precision: "nvfp4" ("w4a4", "fp4") or "w4a16" ("bf16"); the first
+            wins where both are given.
         output_dtype: bf16.
         source_format, device: accepted; scales are in the conventions above whatever the source,
             and buffers live where x does.
@@ -89,7 +91,7 @@ def b12x_fused_moe(
 
     Raises:
         InvalidCall: a malformed argument.
-        Unsupported: quant_mode "w4a16", or no back end runs the layer.
+        Unsupported: no back end runs the layer.
     """
     wrapper = B12xMoEWrapper(
         num_experts,
@@ -153,7 +155,7 @@ class B12xMoEWrapper:
             known = ", ".join(f.name for f in fields(Options))
             raise invalid("options", f"any of {known}", ", ".join(sorted(unknown)))
         given = Options(**options)
-        _check_options(given)
+        self.mode = _mode(given)
         self.activation = _activation(activation, given)
         self.top_k, self.hidden, self.intermediate = top_k, hidden_size, intermediate_size
         self.offset, self.backend = local_expert_offset, backend
@@ -215,7 +217,10 @@ class B12xMoEWrapper:
         return self._moe
 
     def _prepare(self, w1, sf1, w2, sf2, alpha1, alpha2, input2) -> PreparedMoE:  # type: ignore[no-untyped-def]
-        if input2 is None:
+        if self.mode == "w4a16":
+            # not read, whatever it is
+            input2 = alpha2
+        elif input2 is None:
             raise invalid("fc2_input_scale", "a tensor [1] or [E] for nvfp4", "None")
         rows = self.intermediate * (1 if isinstance(self.activation, ReLU2) else 2)
         first = _weight("w1_weight", w1, sf1, (self.local, rows, self.hidden))
@@ -228,6 +233,10 @@ class B12xMoEWrapper:
                 ("w2_alpha", alpha2),
             )
         )
+        if self.mode == "w4a16":
+            first = QuantizedTensor(first.data, first.scale, d1, format="nvfp4")
+            second = QuantizedTensor(second.data, second.scale, a2, format="nvfp4")
+            return _prepare_moe(first, second, gate_up="up_gate", backend=self.backend)
         second = QuantizedTensor(second.data, second.scale, a2 / d2, format="nvfp4")
         return _prepare_moe(
             first,
@@ -289,15 +298,12 @@ def _activation(name: str, given: Options) -> SwiGLU | GeGLU | ReLU2:
     return known[name]
 
 
-def _check_options(given: Options) -> None:
+def _mode(given: Options) -> str:
+    """ "nvfp4" or "w4a16"."""
     asked = given.activation_precision if given.quant_mode is None else given.quant_mode
     mode = QUANT_MODES.get(asked)
     if mode is None:
         raise invalid("quant_mode", f"one of {', '.join(map(repr, QUANT_MODES))}", repr(asked))
     if given.output_dtype != torch.bfloat16:
         raise invalid("output_dtype", "torch.bfloat16", given.output_dtype)
-    if mode != "nvfp4":
-        raise Unsupported(
-            "quant_mode: only 'nvfp4' runs through this door, got 'w4a16' (use cutemoe.prepare_moe "
-            "with activations='bf16')"
-        )
+    return mode

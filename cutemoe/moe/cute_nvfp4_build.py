@@ -9,8 +9,14 @@ from cutlass import Float32, Int32, Int64, Uint8
 from cutemoe.moe.cute_nvfp4_fc1 import FC1
 from cutemoe.moe.cute_nvfp4_fc2 import FC2
 from cutemoe.moe.cute_nvfp4_fused import Fused
-from cutemoe.moe.cute_nvfp4_plan import FusedConfig, GemmConfig, RowsConfig, SortConfig
-from cutemoe.moe.cute_nvfp4_rows import DTYPES, Combine, Quantise
+from cutemoe.moe.cute_nvfp4_plan import (
+    FC2Config,
+    FusedConfig,
+    GemmConfig,
+    RowsConfig,
+    SortConfig,
+)
+from cutemoe.moe.cute_nvfp4_rows import DTYPES, Quantise
 from cutemoe.moe.cute_nvfp4_sort import Sort
 
 IDS = {"int32": Int32, "int64": Int64}
@@ -20,7 +26,8 @@ def build_sort(c: SortConfig, options: str = ""):
     """The launchable kernel; see `Sort.__call__` for its arguments."""
     n = cute.sym_int
     ids = _rows(IDS[c.ids], (n(), n()), IDS[c.ids].width // 8)
-    return _compile(Sort(c), options, ids, (*_sorted(), _list(Int32)), *[Int32(1)] * 3)
+    rows = (*_sorted(), _list(Int32))
+    return _compile(Sort(c), options, ids, rows, _list(Int32), *[Int32(1)] * 3)
 
 
 def build_quantise(c: RowsConfig, options: str = ""):
@@ -52,50 +59,47 @@ def build_fc1(c: GemmConfig, options: str = ""):
     )
 
 
-def build_fc2(c: GemmConfig, options: str = ""):
+def build_fc2(c: FC2Config, options: str = ""):
     """The launchable kernel; see `FC2.__call__` for its arguments."""
     R = cute.sym_int()
-    operands, multipliers, bias = _gemm(c, R)
-    y = _rows(Float32, (R, cute.sym_int(divisibility=16)), 16)
-    return _compile(FC2(c), options, operands, _tiles(R), multipliers, bias, y, Int32(1))
-
-
-def build_combine(c: RowsConfig, options: str = ""):
-    """The launchable kernel; see `Combine.__call__` for its arguments."""
-    T, H, K = (cute.sym_int() for _ in range(3))
+    operands, multipliers, bias = _gemm(c.gemm, R)
+    y, numbers = _y(), (Int32(0), Int32(1), Int32(1))
+    call, sync = _out(c.rows), _list(Int32)
     return _compile(
-        Combine(c),
-        options,
-        _rows(Float32, (cute.sym_int(), H), 16),
-        _rows(IDS[c.ids], (T, K), IDS[c.ids].width // 8),
-        _rows(Float32, (T, K), 4),
-        _rows(DTYPES[c.dtype], (T, H), 8 if c.wide else 2),
-        Int32(0),
-        Int32(1),
+        FC2(c), options, operands, _tiles(R), multipliers, bias, y, call, sync, numbers, Int32(1)
     )
 
 
 def build_fused(c: FusedConfig, options: str = ""):
     """The launchable kernel; see `Fused.__call__` for its arguments."""
     T, H, K, R = (cute.sym_int() for _ in range(4))
-    ids = IDS[c.sort.ids]
-    call = (
-        _rows(DTYPES[c.quantise.dtype], (T, H), 16 if c.quantise.wide else 2),
-        _rows(ids, (T, K), ids.width // 8),
-        _rows(Float32, (T, K), 4),
-        _rows(DTYPES[c.combine.dtype], (T, H), 8 if c.combine.wide else 2),
-        _rows(Float32, (R, H), 16),
-    )
-    xq, mid = _codes(R, c.fc1.vector), _codes(R, c.fc2.vector)
+    x = _rows(DTYPES[c.quantise.dtype], (T, H), 16 if c.quantise.wide else 2)
+    call = (x, *_out(c.fc2.rows, T, H, K), _y())
+    xq, mid = _codes(R, c.fc1.vector), _codes(R, c.fc2.gemm.vector)
     of_x, (f1, d1), b1 = _gemm(c.fc1, R)
-    of_mid, (f2, _), b2 = _gemm(c.fc2, R)
+    of_mid, (f2, _), b2 = _gemm(c.fc2.gemm, R)
     w13 = (*of_x[2:], f1, d1, _list(Float32), b1, _params(c.fc1))
     w2 = (*of_mid[2:], f2, b2)
     rows = (_list(Int32, R), *_sorted()[1:], _list(Int32))
-    numbers = (Int32(0), Int32(1), Int32(1))
+    numbers = (Int32(0), Int32(1), Int32(1), Int32(1))
     return _compile(
         Fused(c), options, call, rows, xq, w13, mid, w2, _list(Int32), numbers, Int32(1)
     )
+
+
+def _out(c: RowsConfig, T=None, H=None, K=None):
+    """ids, weights and out."""
+    T, H, K = (cute.sym_int() if n is None else n for n in (T, H, K))
+    return (
+        _rows(IDS[c.ids], (T, K), IDS[c.ids].width // 8),
+        _rows(Float32, (T, K), 4),
+        _rows(DTYPES[c.dtype], (T, H), 8 if c.wide else 2),
+    )
+
+
+def _y():
+    """Parts of the FC2 output."""
+    return _rows(Float32, (cute.sym_int(), cute.sym_int(divisibility=16)), 16)
 
 
 def _codes(R, vector):

@@ -10,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 
 from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
+from cutemoe.dsl.pdl import results_of_the_last_kernel
 from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
 from cutemoe.moe.cute_nvfp4_plan import GemmConfig
 
@@ -37,7 +38,11 @@ class FC1(ExpertGemm):
     ):
         """See `kernel`; `programs` is at least the live tiles times the blocks of outputs."""
         self.kernel(operands, tiles, multipliers, mBias, params, result).launch(  # pyright: ignore
-            grid=[programs, 1, 1], block=[self.t.threads, 1, 1], min_blocks_per_mp=1, stream=stream
+            grid=[programs, 1, 1],
+            block=[self.t.threads, 1, 1],
+            min_blocks_per_mp=1,
+            use_pdl=self.pdl,
+            stream=stream,
         )
 
     @cute.kernel
@@ -50,15 +55,20 @@ class FC1(ExpertGemm):
         scales [R, 4 * ceil(I/64)].
         """
         program, _, _ = cute.arch.block_idx()
+        results_of_the_last_kernel(self.pdl)
         if program < self.programs(operands, tiles):
             self.body(operands, tiles, multipliers, mBias, params, result, program, self.stages())
 
+    def programs(self, operands, tiles):
+        """Live tiles times blocks of outputs."""
+        return tiles[1][0] * self.blocks(operands)
+
     @cute.jit
     def body(self, operands, tiles, multipliers, mBias, params, result, program, base):
-        """One tile of rows and block of outputs; base: address of shared memory."""
-        work = self.work(operands, tiles, program)
-        acc = self.sums()
-        self.multiply(operands, work, base, acc)
+        """One tile of rows and block of outputs, blocks of a tile side by side."""
+        blocks = self.blocks(operands)
+        work = self.work(tiles[0], program // blocks, program % blocks)
+        acc = self.product(operands, work, base)
         self.finish(acc, work, multipliers, mBias, params, result, self.n_out(operands))
 
     @cute.jit

@@ -1,10 +1,12 @@
 # pyright: reportAttributeAccessIssue=false
 """A NVFP4 layer as one persistent cooperative launch: the stages of the pipeline between barriers.
 
-    phase     sort | quantise | FC1 | FC2 | combine, each with all CTAs, a grid barrier after each
-    work      static: item, item + CTAs, ..; dynamic: FC1 and FC2 take tiles from a counter, so that
+    phase     sort | quantise | FC1 | FC2 with the sums of tokens, each with all CTAs, a grid
+              barrier after each but the last
+    work      static: item, item + CTAs, ..; dynamic: FC1 and FC2 take items from a counter, so that
               CTAs with short tiles take more
-    counters  sync [0] arrivals, [1] and [2] tiles of FC1 and FC2; zero before the launch
+    counters  sync [0] arrivals, [1] and [2] items of FC1 and FC2, from [4] on the progress of FC2;
+              zero before the launch
 
 The stages are those of the pipeline, and so are all bits of the result. Saves four launches where
 launches are what a layer costs; a CTA more than multiprocessors would only wait.
@@ -22,7 +24,7 @@ from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.moe.cute_nvfp4_fc1 import FC1
 from cutemoe.moe.cute_nvfp4_fc2 import FC2
 from cutemoe.moe.cute_nvfp4_plan import FusedConfig
-from cutemoe.moe.cute_nvfp4_rows import Combine, Quantise
+from cutemoe.moe.cute_nvfp4_rows import Quantise
 from cutemoe.moe.cute_nvfp4_sort import Sort
 
 
@@ -35,7 +37,6 @@ class Fused:
         self.sort = Sort(c.sort, self.threads // 32)
         self.quantise = Quantise(c.quantise, self.threads)
         self.fc1, self.fc2 = FC1(c.fc1), FC2(c.fc2)
-        self.combine = Combine(c.combine, self.threads)
 
     @cute.jit
     def __call__(
@@ -64,15 +65,14 @@ class Fused:
     def kernel(self, call, rows, xq, w13, mid, w2, mSync, numbers):
         """The whole layer.
 
-        call: x, ids, weights, out, y; rows: as of Sort; xq: codes and scales as bytes and as words
-        [R, ..] (FC1 and quantise), mid: the same of the FC1 output; w13: codes, scale words,
-        factor, multipliers of x and of mid, bias, (alpha, beta, limit); w2: codes, scale words,
-        factor, bias; numbers: expert_offset, E,
-        rows of a tile.
+        call: x, ids, weights, out, y (see FC2); rows: as of Sort; xq: codes and scales as bytes and
+        as words [R, ..] (FC1 and quantise), mid: the same of the FC1 output; w13: codes, scale
+        words, factor, multipliers of x and of mid, bias, (alpha, beta, limit); w2: codes, scale
+        words, factor, bias; numbers: expert_offset, E, combiners (see FC2), rows of a tile.
         """
         mX, mIds, mW, mO, mY = call
         mSlots, mStart, mTiles, mCount = rows
-        offset, experts, block_m = numbers
+        offset, experts, _, block_m = numbers
         cta, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         smem = SmemAllocator()
         stages = smem.allocate(self.fc1.t.smem_bytes, byte_alignment=128)
@@ -89,12 +89,8 @@ class Fused:
         tiles = (mTiles, mCount, mSlots)
         self.fc1_tiles((xq[0], xq[3], w13[0], w13[1]), tiles, w13, mid, mSync, shared, base)
         grid_barrier(arrivals, 3)
-        self.fc2_tiles((mid[0], mid[3], w2[0], w2[1]), tiles, w13, w2, mY, mSync, shared, base)
-        grid_barrier(arrivals, 4)
-        parts = cute.ceil_div(mO.shape[1], 4 * self.threads)
-        for item in range(cta, mO.shape[0] * parts, ctas):
-            part = item % parts
-            self.combine.part(mY, mIds, mW, mO, offset, experts, item // parts, part)
+        of_mid, out = (mid[0], mid[3], w2[0], w2[1]), (mIds, mW, mO)
+        self.fc2_items(of_mid, tiles, w13, w2, mY, out, mSync, numbers[:3], shared, base)
 
     @cute.jit
     def fc1_tiles(self, operands, tiles, w13, mid, mSync, shared, base):
@@ -107,13 +103,15 @@ class Fused:
             program = self.next_program(program, mSync.iterator + 1, shared)
 
     @cute.jit
-    def fc2_tiles(self, operands, tiles, w13, w2, mY, mSync, shared, base):
-        """All of FC2."""
-        n = self.fc2.programs(operands, tiles)
-        program = self.first_program(mSync.iterator + 2, shared)
-        while program < n:
-            self.fc2.body(operands, tiles, (w2[2], w13[4]), w2[3], mY, program, base)
-            program = self.next_program(program, mSync.iterator + 2, shared)
+    def fc2_items(self, operands, tiles, w13, w2, mY, out, mSync, numbers, shared, base):
+        """All of FC2 and the sums of tokens."""
+        n = self.fc2.items(tiles, mY, out[2], numbers[2])
+        item = self.first_program(mSync.iterator + 2, shared)
+        while item < n:
+            self.fc2.item(
+                operands, tiles, (w2[2], w13[4]), w2[3], mY, out, mSync, numbers, item, base
+            )
+            item = self.next_program(item, mSync.iterator + 2, shared)
 
     def first_program(self, counter, shared):
         """The first tile of this CTA."""

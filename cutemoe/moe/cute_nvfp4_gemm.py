@@ -22,9 +22,9 @@ from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
 from cutemoe.dsl.copy import copy_async, matrices, shared_word
 from cutemoe.dsl.memory import SmemAllocator
-from cutemoe.dsl.mma import block_scaled_mma
+from cutemoe.dsl.mma import nvfp4_mma
 from cutemoe.errors import Unsupported
-from cutemoe.moe.cute_nvfp4_plan import BLOCK_N, SMEM_LIMIT, GemmConfig
+from cutemoe.moe.cute_nvfp4_plan import BLOCK_N, SMEM_LIMIT, GemmConfig, has_pdl
 
 
 class Work:
@@ -48,7 +48,8 @@ class ExpertGemm:
                 f"tile {t}: {t.smem_bytes} bytes of shared memory, at most {SMEM_LIMIT}"
             )
         self.c, self.t = c, t
-        self.policy = block_scaled_mma(c.arch)
+        self.pdl = has_pdl(c.arch)
+        self.policy = nvfp4_mma(c.arch)
         self.pitch = t.block_k // 2
         self.steps = t.block_k // 64
         self.warp_m, self.warp_n = t.block_m // t.warps_m, BLOCK_N // t.warps_n
@@ -84,16 +85,20 @@ class ExpertGemm:
         N = operands[2].shape[1]
         return N // 2 if self.c.gated else N
 
-    def programs(self, operands, tiles):
-        """Live tiles times blocks of outputs."""
-        return tiles[1][0] * cute.ceil_div(self.n_out(operands), self.c.outputs)
+    def blocks(self, operands):
+        """Blocks of outputs of a row."""
+        return cute.ceil_div(self.n_out(operands), self.c.outputs)
 
-    def work(self, operands, tiles, program):
-        """The tile and the block of outputs of a program, blocks of a tile side by side."""
-        blocks = cute.ceil_div(self.n_out(operands), self.c.outputs)
-        mTiles, tile = tiles[0], program // blocks
-        j0 = program % blocks * self.c.outputs
+    def work(self, mTiles, tile, block):
+        """A tile of rows and a block of outputs."""
+        j0 = block * self.c.outputs
         return Work(mTiles[tile, 0], mTiles[tile, 1], mTiles[tile, 2], j0)
+
+    def product(self, operands, work, base):
+        """The sums of this thread for a tile and a block; base: address of shared memory."""
+        acc = self.sums()
+        self.multiply(operands, work, base, acc)
+        return acc
 
     # ---- memory to stages
 

@@ -2,19 +2,18 @@
 
 | stage | reads | writes |
 |---|---|---|
-| sort | ids | sorted_slots, expert_start, tiles, tile_count |
+| sort | ids | sorted_slots, expert_start, tiles, tile_count; zeros to sync |
 | quantise | x by sorted_slots // K | xq and its scales, in sorted order |
 | FC1 | xq, w13 | midq and its scales, in sorted order |
-| FC2 | midq, w2 | y in slot order |
-| combine | y, weights | out |
+| FC2 | midq, w2, weights | y in slot order, some columns at once; out |
 
 Style "pipeline" launches every stage; grids are bounds that the host knows, and CTAs beyond the
-live tiles exit. "static" and "dynamic" are one cooperative launch, after one that zeroes its
-counters. No synchronisation with the host.
+live tiles exit; each kernel after the first starts while the one before it ends. "static" and
+"dynamic" are one cooperative launch, after one that zeroes its counters. "external" is not ours
+(`hybrid.plug_prefill`). No synchronisation with the host.
 
 x is quantised for each slot, not for each token: multipliers may differ between experts, and sorted
-rows need no gather in FC1. y is float32 and in slot order, and not added up by atomics of FC2: the
-sum of a token has one order and one rounding.
+rows need no gather in FC1.
 """
 
 from __future__ import annotations
@@ -27,14 +26,20 @@ import torch
 
 from cutemoe.errors import Unsupported
 from cutemoe.moe.cute_nvfp4_build import (
-    build_combine,
     build_fc1,
     build_fc2,
     build_fused,
     build_quantise,
     build_sort,
 )
-from cutemoe.moe.cute_nvfp4_plan import FusedConfig, Nvfp4Config, most_tiles
+from cutemoe.moe.cute_nvfp4_plan import (
+    BLOCK_N,
+    COMBINERS,
+    FC2Config,
+    FusedConfig,
+    Nvfp4Config,
+    most_tiles,
+)
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.tensors import MoETensors
 from cutemoe.moe.workspace import layout_of
@@ -44,7 +49,6 @@ sort = compiled(build_sort)
 quantise = compiled(build_quantise)
 fc1 = compiled(build_fc1)
 fc2 = compiled(build_fc2)
-combine = compiled(build_combine)
 fused = compiled(build_fused)
 
 
@@ -55,6 +59,9 @@ def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
         Unsupported: the codes of the weights are not aligned to 16 bytes.
         InvalidCall: a kernel is not compiled yet and a CUDA graph is being captured.
     """
+    if config.prefill is not None:
+        config.prefill.run(problem, t)
+        return
     for name, weight in (("w13", t.w13), ("w2", t.w2)):
         if weight.data.data_ptr() % 16:
             raise Unsupported(f"{name}: back end 'cute_nvfp4' takes codes aligned to 16 bytes")
@@ -96,8 +103,7 @@ def _complete(
         sort=replace(c.sort, flat=flat),
         quantise=replace(c.rows, flat=flat, wide=wide[0]),
         fc1=replace(c.fc1, factor=factors[0], alpha_e=alpha_e, beta_e=beta_e, limit_e=limit_e),
-        fc2=replace(c.fc2, factor=factors[1]),
-        combine=replace(c.rows, wide=wide[1]),
+        fc2=FC2Config(replace(c.fc2, factor=factors[1]), replace(c.rows, wide=wide[1])),
         dynamic=c.style == "dynamic",
     )
 
@@ -109,7 +115,7 @@ def _pipeline(problem: Problem, c: FusedConfig, t: MoETensors, w: dict[str, torc
     tiles = (w["tiles"], w["tile_count"], w["sorted_slots"])
     xq, mid = _codes(w, "xq"), _codes(w, "midq")
     most = most_tiles(problem, block_m)
-    sort(c.sort)(t.ids, rows, offset, experts, block_m)
+    sort(c.sort)(t.ids, rows, w["sync"], offset, experts, block_m)
     quantise(c.quantise)(t.x, t.ids, rows[0], rows[1], t.input_scale1, xq[2], xq[1], offset)
     fc1(c.fc1)(
         (xq[0], xq[3], t.w13.data, _scales(t.w13.scale)),
@@ -120,21 +126,33 @@ def _pipeline(problem: Problem, c: FusedConfig, t: MoETensors, w: dict[str, torc
         (mid[2], mid[1]),
         most * -(-problem.intermediate // c.fc1.outputs),
     )
+    y, combiners = w["y"], _combiners(problem, c, w["y"])
+    columns = y.shape[1]
+    items = most * -(-columns // BLOCK_N) + combiners
     fc2(c.fc2)(
         (mid[0], mid[3], t.w2.data, _scales(t.w2.scale)),
         tiles,
         (t.w2.factor, t.input_scale2),
         t.b2,
-        w["y"],
-        most * -(-problem.hidden // c.fc2.outputs),
+        y,
+        (t.ids, t.weights, t.out),
+        w["sync"],
+        (offset, experts, combiners),
+        items * -(-problem.hidden // columns),
     )
-    combine(c.combine)(w["y"], t.ids, t.weights, t.out, offset, experts)
+
+
+def _combiners(problem: Problem, c: FusedConfig, y: torch.Tensor) -> int:
+    """CTAs that share the sums of a part of y."""
+    quads = problem.tokens * y.shape[1] // 4
+    return min(-(-quads // c.fc1.tile.threads), COMBINERS)
 
 
 def _fused(
     problem: Problem, c: FusedConfig, ctas: int, t: MoETensors, w: dict[str, torch.Tensor]
 ) -> None:
     """All stages in one launch."""
+    block_m = c.fc1.tile.block_m
     rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
     w["sync"].zero_()
     fused(c)(
@@ -153,7 +171,7 @@ def _fused(
         _codes(w, "midq"),
         (t.w2.data, _scales(t.w2.scale), t.w2.factor, t.b2),
         w["sync"],
-        (problem.expert_offset, problem.experts, c.fc1.tile.block_m),
+        (problem.expert_offset, problem.experts, _combiners(problem, c, w["y"]), block_m),
         ctas,
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from cutemoe.gemm.weight import SM120
+from cutemoe.moe.hybrid import Prefill, prefill_of, style_of
 from cutemoe.moe.problem import Problem
 from cutemoe.runtime.device import Device
 
@@ -22,6 +23,13 @@ NATIVE = (120, 121)
 MAX_INDEX = 2**31 - 1
 # rows of w that a CTA multiplies
 BLOCK_N = 128
+# most CTAs that share the sums over the slots of all tokens, in one part of the columns
+COMBINERS = 256
+
+
+def has_pdl(arch: int) -> bool:
+    """A kernel can start before the end of the one whose results it waits for."""
+    return arch >= 90
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,6 @@ TILES = {
     64: Tile(64, 256, 3, 2, 4),
     128: Tile(128, 128, 5, 4, 2),
 }
-
-
-# most routed rows, launch style. One H200 with the MMA emulated, 2026-11-27, E=128 H=4096 I=2048
-# top_k=8, us at 1 / 16 / 256 tokens: pipeline 80 / 703 / 1457, static 97 / 864 / 1807, dynamic
-# 100 / 874 / 1826. There two CTAs of the pipeline share a multiprocessor; SM120 has room for one,
-# and nobody has measured it, so no threshold is set
-STYLES = ((MAX_INDEX, "pipeline"),)
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,13 @@ class SortConfig:
         ids: "int32" or "int64".
         bins: local experts, rounded up to a power of two.
         flat: the ids lie one after the other.
+        pdl: the target lets the next kernel start early.
     """
 
     ids: str
     bins: int
     flat: bool = True
+    pdl: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,19 +147,25 @@ class RowsConfig:
 
 
 @dataclass(frozen=True)
+class FC2Config:
+    """Everything FC2 with the weighted sum is compiled for; rows: of what it writes."""
+
+    gemm: GemmConfig
+    rows: RowsConfig
+
+
+@dataclass(frozen=True)
 class FusedConfig:
     """Everything the kernel of a whole layer is compiled for.
 
     Attributes:
-        quantise, combine: of its ends.
         dynamic: tiles of the GEMMs are taken from a counter.
     """
 
     sort: SortConfig
     quantise: RowsConfig
     fc1: GemmConfig
-    fc2: GemmConfig
-    combine: RowsConfig
+    fc2: FC2Config
     dynamic: bool = False
 
 
@@ -165,8 +174,9 @@ class Nvfp4Config:
     """The kernels of a layer, but for what only the tensors show (`cute_nvfp4_launch`).
 
     Attributes:
-        style: "pipeline", one launch a stage; "static" or "dynamic", one cooperative launch.
+        style: see `cutemoe.moe.hybrid`.
         ctas: CTAs of a cooperative launch.
+        prefill: what runs the layer in style "external".
     """
 
     sort: SortConfig
@@ -175,6 +185,7 @@ class Nvfp4Config:
     fc2: GemmConfig
     style: str = "pipeline"
     ctas: int = 1
+    prefill: Prefill | None = None
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
@@ -196,8 +207,16 @@ def refuse(problem: Problem, device: Device) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1024)
 def configure(problem: Problem, device: Device) -> Nvfp4Config:
+    """The configuration for a problem; the launch style, or who else runs it, by its rows."""
+    prefill = prefill_of(problem, device)
+    if prefill is not None:
+        return replace(_configured(problem, device), style="external", prefill=prefill)
+    return _configured(problem, device)
+
+
+@lru_cache(maxsize=1024)
+def _configured(problem: Problem, device: Device) -> Nvfp4Config:
     """The configuration for a problem; tiles by the rows that an expert can expect."""
     p = problem
     mean = p.tokens * p.top_k / p.experts
@@ -205,7 +224,7 @@ def configure(problem: Problem, device: Device) -> Nvfp4Config:
     arch, tile = device.arch, TILES[block_m]
     bins = max(32, 1 << (p.experts - 1).bit_length())
     return Nvfp4Config(
-        SortConfig(p.ids, bins),
+        SortConfig(p.ids, bins, pdl=has_pdl(arch)),
         RowsConfig(arch, p.dtype, p.ids),
         GemmConfig(
             arch,
@@ -217,19 +236,24 @@ def configure(problem: Problem, device: Device) -> Nvfp4Config:
             limit=p.has_limit,
         ),
         GemmConfig(arch, tile, vector=16 if p.intermediate % 32 == 0 else 8, bias=p.has_b2),
-        style_of(p.tokens * p.top_k),
+        style_of(p.tokens * p.top_k, arch in NATIVE),
         device.sm_count,
     )
 
 
+def configure_pipeline(problem: Problem, device: Device) -> Nvfp4Config:
+    """A launch for each stage."""
+    return replace(_configured(problem, device), style="pipeline")
+
+
 def configure_static(problem: Problem, device: Device) -> Nvfp4Config:
     """One cooperative launch, tiles dealt out."""
-    return replace(configure(problem, device), style="static")
+    return replace(_configured(problem, device), style="static")
 
 
 def configure_dynamic(problem: Problem, device: Device) -> Nvfp4Config:
     """One cooperative launch, tiles from a counter."""
-    return replace(configure(problem, device), style="dynamic")
+    return replace(_configured(problem, device), style="dynamic")
 
 
 def refuse_emulated(problem: Problem, device: Device) -> str | None:
@@ -241,12 +265,7 @@ def refuse_emulated(problem: Problem, device: Device) -> str | None:
 
 def configure_emulated(problem: Problem, device: Device) -> Nvfp4Config:
     """The configuration that SM90 would run, on a card that has the instruction: to compare."""
-    return configure(problem, replace(device, arch=90))
-
-
-def style_of(rows: int) -> str:
-    """The launch style for that many routed rows."""
-    return next(style for most, style in STYLES if rows <= most)
+    return _configured(problem, replace(device, arch=90))
 
 
 def most_tiles(problem: Problem, block_m: int) -> int:

@@ -15,7 +15,8 @@ from cutlass import (
 )
 
 from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
-from cutemoe.moe.cute_nvfp4_plan import RowsConfig
+from cutemoe.dsl.pdl import results_of_the_last_kernel
+from cutemoe.moe.cute_nvfp4_plan import RowsConfig, has_pdl
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
 
@@ -40,6 +41,7 @@ class Quantise:
     def __init__(self, c: RowsConfig, threads: int = 128):
         self.threads = threads
         self.codec, self.ids, self.dtype = Codec(c.arch), Ids(c.flat), DTYPES[c.dtype]
+        self.pdl = has_pdl(c.arch)
 
     @cute.jit
     def __call__(
@@ -57,12 +59,16 @@ class Quantise:
         """x [T, H], ids [T, K], sorted slots [R], starts [E + 1], multipliers [E] -> codes as
         words [R, H/8] and scales [R, 4 * ceil(H/64)] of the sorted rows."""
         self.kernel(mX, mIds, mSlots, mStart, mScale, mQ, mS, offset).launch(  # pyright: ignore
-            grid=[cute.size(mSlots), 1, 1], block=[self.threads, 1, 1], stream=stream
+            grid=[cute.size(mSlots), 1, 1],
+            block=[self.threads, 1, 1],
+            use_pdl=self.pdl,
+            stream=stream,
         )
 
     @cute.kernel
     def kernel(self, mX, mIds, mSlots, mStart, mScale, mQ, mS, offset):
         row, _, _ = cute.arch.block_idx()
+        results_of_the_last_kernel(self.pdl)
         if row < mStart[mStart.shape[0] - 1]:
             self.row(mX, mIds, mSlots, mScale, mQ, mS, offset, row)
 
@@ -102,56 +108,42 @@ class Quantise:
 
 
 class Combine:
-    """The kernel for one RowsConfig: the weighted sum over the slots of a token.
+    """The weighted sum over the slots of every token: float32, slots in ascending order."""
 
-    Float32, slots in ascending order, one rounding. A thread has four outputs.
-    """
-
-    def __init__(self, c: RowsConfig, threads: int = 128):
+    def __init__(self, c: RowsConfig, threads: int):
         self.threads = threads
         self.dtype = DTYPES[c.dtype]
 
     @cute.jit
-    def __call__(
-        self,
-        mY: cute.Tensor,
-        mIds: cute.Tensor,
-        mW: cute.Tensor,
-        mO: cute.Tensor,
-        offset: Int32,
-        experts: Int32,
-        stream: cuda.CUstream,
-    ):
-        """y float32 [R, H] in slot order, ids and weights [T, K] -> out [T, H]."""
-        blocks = cute.ceil_div(cute.size(mO, mode=[1]), 4 * self.threads)
-        self.kernel(mY, mIds, mW, mO, offset, experts).launch(  # pyright: ignore
-            grid=[cute.size(mO, mode=[0]), blocks, 1], block=[self.threads, 1, 1], stream=stream
-        )
+    def columns(self, mY, call, numbers, first, width, share):
+        """out columns first .. first + width - 1 of all tokens, four at a time.
 
-    @cute.kernel
-    def kernel(self, mY, mIds, mW, mO, offset, experts):
-        t, part, _ = cute.arch.block_idx()
-        self.part(mY, mIds, mW, mO, offset, experts, t, part)
+        y [R, ..] has them from column 0 on; share: number of this CTA, and of how many.
+        """
+        tid, _, _ = cute.arch.thread_idx()
+        mO = call[2]
+        quads = width // 4
+        for i in range(share[0] * self.threads + tid, mO.shape[0] * quads, share[1] * self.threads):
+            self.quad(mY, call, numbers, i // quads, i % quads, first // 4 + i % quads)
 
     @cute.jit
-    def part(self, mY, mIds, mW, mO, offset, experts, t, part):
-        """4 * threads outputs of one token."""
-        tid, _, _ = cute.arch.thread_idx()
-        quad = part * self.threads + tid
+    def quad(self, mY, call, numbers, t, of_y, of_o):
+        """Four outputs of a token, with one rounding."""
+        mIds, mW, mO = call
+        offset, experts = numbers[0], numbers[1]
         top_k = mIds.shape[1]
-        if quad * 4 < mO.shape[1]:
-            acc = cute.make_rmem_tensor((4,), Float32)
-            acc.fill(0.0)
-            rY = cute.make_rmem_tensor((4,), Float32)
-            for k in range(top_k):
-                expert = mIds[t, k]
-                if expert >= offset and expert < offset + experts:
-                    weight = mW[t, k]
-                    gY = mY[Int64(t) * top_k + k, None]
-                    cute.autovec_copy(cute.local_tile(gY, (4,), (quad,)), rY)
-                    for i in range_constexpr(4):
-                        acc[i] = acc[i] + weight * rY[i]
-            rO = cute.make_rmem_tensor((4,), self.dtype)
-            for i in range_constexpr(4):
-                rO[i] = self.dtype(acc[i])
-            cute.autovec_copy(rO, cute.local_tile(mO[t, None], (4,), (quad,)))
+        acc = cute.make_rmem_tensor((4,), Float32)
+        acc.fill(0.0)
+        rY = cute.make_rmem_tensor((4,), Float32)
+        for k in range(top_k):
+            expert = mIds[t, k]
+            if expert >= offset and expert < offset + experts:
+                weight = mW[t, k]
+                gY = mY[Int64(t) * top_k + k, None]
+                cute.autovec_copy(cute.local_tile(gY, (4,), (of_y,)), rY)
+                for i in range_constexpr(4):
+                    acc[i] = acc[i] + weight * rY[i]
+        rO = cute.make_rmem_tensor((4,), self.dtype)
+        for i in range_constexpr(4):
+            rO[i] = self.dtype(acc[i])
+        cute.autovec_copy(rO, cute.local_tile(mO[t, None], (4,), (of_o,)))

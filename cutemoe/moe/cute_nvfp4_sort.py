@@ -22,27 +22,35 @@ class Sort:
     """The kernel for one SortConfig; `warps` of a CTA."""
 
     def __init__(self, c: SortConfig, warps: int = 16):
-        self.bins, self.ids, self.warps = c.bins, Ids(c.flat), warps
+        self.bins, self.ids, self.warps, self.pdl = c.bins, Ids(c.flat), warps, c.pdl
 
     @cute.jit
     def __call__(
         self,
         mIds: cute.Tensor,
         rows: tuple,
+        mSync: cute.Tensor,
         offset: Int32,
         experts: Int32,
         block_m: Int32,
         stream: cuda.CUstream,
     ):
-        """ids [T, K]; rows: sorted slots [R], starts [E + 1], tiles [.., 3], tile count [1]."""
-        self.kernel(mIds, rows, offset, experts, block_m).launch(  # pyright: ignore
+        """ids [T, K]; rows: sorted slots [R], starts [E + 1], tiles [.., 3], tile count [1]; sync:
+        counters of the launches to come, zeroed."""
+        self.kernel(mIds, rows, mSync, offset, experts, block_m).launch(  # pyright: ignore
             grid=[cute.ceil_div(experts, self.warps), 1, 1],
             block=[32 * self.warps, 1, 1],
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(self, mIds, rows, offset, experts, block_m):
+    def kernel(self, mIds, rows, mSync, offset, experts, block_m):
+        if const_expr(self.pdl):
+            # not launched early itself: whatever ran before may not know of it
+            cute.arch.griddepcontrol_launch_dependents()
+        if cute.arch.block_idx()[0] == 0:
+            for i in range(cute.arch.thread_idx()[0], mSync.shape[0], 32 * self.warps):
+                mSync[i] = Int32(0)
         smem = SmemAllocator().allocate_array(Int32, self.bins)
         self.body(mIds, rows, offset, experts, block_m, smem)
 

@@ -179,6 +179,14 @@ BACKENDS = (
         cute_nvfp4_plan.configure,
     ),
     Backend(
+        "cute_nvfp4_pipeline",
+        "cutemoe.moe.cute_nvfp4_launch:run",
+        cute_unavailable,
+        cute_nvfp4_plan.refuse,
+        cute_nvfp4_plan.configure_pipeline,
+        variant=True,
+    ),
+    Backend(
         "cute_nvfp4_static",
         "cutemoe.moe.cute_nvfp4_launch:run",
         cute_unavailable,

@@ -15,8 +15,13 @@ slots come last, at or beyond expert_start[E].
 | xq_scale, midq_scale | float32 [T], [R] | row scales of fp8 |
 | xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_nvfp4: codes of nvfp4 in sorted order |
 | xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I] | and their block scales; there is no mid |
-| sync | int32 [4] | there too: counters of a cooperative launch |
+| sync | int32 [4 + 2 ceil(H/128)] | there too: counters of CTAs that wait for one another |
 | y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
+| y | float32 [slots R, columns] | there: the same for some columns at once, in turn in the slots (`y_parts`), where xq was |
+
+With codes y takes the place of xq, which nobody reads after FC1. So a layer with E=256, H=7168,
+I=2048 and 1024 routed rows (128 tokens of 8 slots) has 5.4 MB of scratch; a whole y alone would be
+29.4 MB.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -37,6 +42,10 @@ if TYPE_CHECKING:
 ALIGNMENT = 256
 # a kernel may use tiles of this many rows or more
 MIN_TILE_ROWS = 8
+# a whole y of this many bytes is kept: in parts, few rows are too little work for a card
+WHOLE_Y = 1 << 22
+# columns of y that FC2 computes at once
+Y_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,20 @@ def max_tiles(rows: int, experts: int) -> int:
     return min(experts, rows) + rows // MIN_TILE_ROWS
 
 
+def y_bytes(rows: int, hidden: int) -> int:
+    """Bytes for y beside codes: all of it if small, else what xq has, at least two blocks."""
+    codes = rows * (hidden // 2 + -(-hidden // 64) * 4)
+    return min(4 * rows * hidden, max(WHOLE_Y, codes, 2 * 4 * Y_BLOCK * rows))
+
+
+def y_parts(rows: int, hidden: int) -> tuple[int, int]:
+    """(slots, columns) of y beside codes: one slot of all columns, or two of some blocks."""
+    nbytes = y_bytes(rows, hidden)
+    if nbytes == 4 * rows * hidden:
+        return 1, hidden
+    return 2, nbytes // (2 * 4 * Y_BLOCK * rows) * Y_BLOCK
+
+
 def layout(
     tokens: int,
     top_k: int,
@@ -92,9 +115,10 @@ def layout(
         "tiles": ((max_tiles(rows, experts), 3), i32),
         "tile_count": ((1,), i32),
     }
-    if weights == SM120:
-        wanted["sync"] = ((4,), i32)
-        for name, width in (("xq", hidden), ("midq", intermediate)):
+    codes = weights == SM120
+    if codes:
+        wanted["sync"] = ((4 + 2 * -(-hidden // Y_BLOCK),), i32)
+        for name, width in (("midq", intermediate), ("xq", hidden)):
             wanted[name] = ((rows, width // 2), torch.uint8)
             wanted[f"{name}_scale"] = ((rows, -(-width // 64) * 4), torch.uint8)
     elif activations in ("fp8", "nvfp4"):
@@ -108,13 +132,21 @@ def layout(
     else:
         dtype = torch.bfloat16 if activations == "bf16" else torch.float16
         wanted["mid"] = ((rows, intermediate), dtype)
-    wanted["y"] = ((rows, hidden), f32)
+    if not codes:
+        wanted["y"] = ((rows, hidden), f32)
     parts, offset = {}, 0
     for name, (shape, dtype) in wanted.items():
         parts[name] = Part(offset, shape, dtype)
-        size = prod(shape) * dtype.itemsize
-        offset += -(-size // ALIGNMENT) * ALIGNMENT
+        offset += _aligned(prod(shape) * dtype.itemsize)
+    if codes:
+        slots, columns = y_parts(rows, hidden)
+        y = parts["y"] = Part(parts["xq"].offset, (slots * rows, columns), f32)
+        offset = max(offset, y.offset + _aligned(y_bytes(rows, hidden)))
     return Layout(parts, offset)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def layout_of(problem: Problem) -> Layout:

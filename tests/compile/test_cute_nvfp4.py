@@ -16,9 +16,10 @@ import pytest
 
 from cutemoe.errors import Unsupported
 from cutemoe.moe import cute_nvfp4_plan as plan
-from cutemoe.moe.cute_nvfp4_plan import FusedConfig, GemmConfig, Nvfp4Config, Tile
+from cutemoe.moe.cute_nvfp4_plan import FC2Config, FusedConfig, GemmConfig, Nvfp4Config, Tile
 from cutemoe.moe.problem import Problem
 from cutemoe.runtime.device import Device
+from tests.compile.cute_harness import worker
 from tests.compile.cute_nvfp4 import ask
 from tests.compile.transplant import assembled, transplanted
 
@@ -55,6 +56,10 @@ def configuration(kind: str, arch: str) -> Nvfp4Config:
     return plan.configure(problem, device)
 
 
+def of_fc2(c: Nvfp4Config) -> FC2Config:
+    return FC2Config(c.fc2, c.rows)
+
+
 def count(c: dict[str, Any], opcode: str) -> int:
     return len(re.findall(rf"^(?:@!?U?P\w+ )?{opcode}\b", c["sass"], re.MULTILINE))
 
@@ -68,7 +73,7 @@ def cases(*kinds: str) -> list[tuple[str, str]]:
 def test_gemms_compile_into_the_instruction_meant(kind, arch):
     config = configuration(kind, arch)
     for build, c in (("build_fc1", config.fc1), ("build_fc2", config.fc2)):
-        found = ask(build, c, arch)
+        found = ask(build, c if build == "build_fc1" else of_fc2(config), arch)
         assert found["local_bytes"] == 0
         # copies of 8 bytes need twice the addresses
         most = MOST[c.tile.block_m] + (24 if c.vector == 8 else 0)
@@ -95,19 +100,19 @@ def test_the_other_kernels_compile_without_local_memory(kind, arch):
         ("build_sort", replace(config.sort, flat=False)),
         ("build_quantise", config.rows),
         ("build_quantise", replace(config.rows, wide=False, flat=False)),
-        ("build_combine", config.rows),
-        ("build_combine", replace(config.rows, wide=False)),
+        ("build_fc2", FC2Config(config.fc2, replace(config.rows, wide=False))),
     )
     for build, c in parts:
         found = ask(build, c, arch)
-        assert found["local_bytes"] == 0 and found["registers"] <= 64
+        assert found["local_bytes"] == 0
+        assert found["registers"] <= (64 if build != "build_fc2" else 128)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(("kind", "arch"), cases("decode", "batch", "prefill", "long prefill"))
 def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
     c = configuration(kind, arch)
-    found = ask("build_fused", FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows, dynamic), arch)
+    found = ask("build_fused", FusedConfig(c.sort, c.rows, c.fc1, of_fc2(c), dynamic), arch)
     assert found["local_bytes"] == 0 and found["registers"] <= 232
     assert count(found, "HMMA" if arch == "sm_90a" else r"OMMA\S*") > 0
     assert count(found, r"ATOMG\S*|ATOM\S*|RED\S*") >= 4 + 2 * dynamic
@@ -117,8 +122,13 @@ def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
 @pytest.mark.parametrize("kind", ["decode", "prefill", "relu2"])
 def test_the_ptx_of_sm120_assembles_for_sm90_without_its_two_instructions(kind):
     c = configuration(kind, "sm_120a")
-    whole = FusedConfig(c.sort, c.rows, c.fc1, c.fc2, c.rows)
-    parts = {"build_quantise": c.rows, "build_fc1": c.fc1, "build_fc2": c.fc2, "build_fused": whole}
+    whole = FusedConfig(c.sort, c.rows, c.fc1, of_fc2(c))
+    parts = {
+        "build_quantise": c.rows,
+        "build_fc1": c.fc1,
+        "build_fc2": of_fc2(c),
+        "build_fused": whole,
+    }
     for build, config in parts.items():
         found = ask(build, config, "sm_120a")
         text, mmas, conversions = transplanted(found["ptx"])
@@ -132,16 +142,35 @@ def test_the_ptx_of_sm120_assembles_for_sm90_without_its_two_instructions(kind):
 def test_the_emulation_compiles_beside_the_instruction(arch):
     device = Device("cuda", 0, arch, int(arch.strip("sm_a")), 48, plan.SMEM_LIMIT, True)
     c = plan.configure_emulated(REAL, device)
-    for build, config in (("build_fc1", c.fc1), ("build_fc2", c.fc2)):
+    for build, config in (("build_fc1", c.fc1), ("build_fc2", of_fc2(c))):
         found = ask(build, config, arch)
         assert found["local_bytes"] == 0
         assert count(found, r"OMMA\S*") == 0 and count(found, "HMMA") > 0
 
 
-def test_sm_80_has_no_conversion_and_needs_none():
-    config = configuration("decode", "sm_80")
-    for build, c in (("build_quantise", config.rows), ("build_fc1", config.fc1)):
-        assert ask(build, c, "sm_80")["local_bytes"] == 0
+def launches(config: Nvfp4Config) -> dict[str, Any]:
+    """Kernels of the pipeline, first to last."""
+    return {
+        "build_sort": config.sort,
+        "build_quantise": config.rows,
+        "build_fc1": config.fc1,
+        "build_fc2": of_fc2(config),
+    }
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120a"])
+def test_every_launch_of_the_pipeline_waits_for_the_one_before(arch):
+    for build, c in launches(configuration("decode", arch)).items():
+        ptx = ask(build, c, arch)["ptx"]
+        # the first is launched as any other kernel
+        assert ptx.count("griddepcontrol.wait") == (build != "build_sort")
+        assert ptx.count("griddepcontrol.launch_dependents") == 1
+
+
+def test_sm_80_has_no_conversion_and_no_early_launch_and_needs_none():
+    for build, c in launches(configuration("decode", "sm_80")).items():
+        found = ask(build, c, "sm_80")
+        assert found["local_bytes"] == 0 and "griddepcontrol" not in found["ptx"]
 
 
 @pytest.mark.parametrize("tile", plan.TILES.values(), ids=str)
@@ -209,3 +238,16 @@ def test_the_dsl_has_the_operands_where_the_policies_have_them():
         for k in range(64):
             assert place(found["SFA"], lane, k) == g + 8 * (t % 2) + 16 * k
             assert place(found["SFB"], lane, k) == g + 8 * k
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("arch", ["sm_80", *ARCHS])
+def test_a_step_with_mxfp4_scales_compiles_into_the_instruction_meant(arch, half):
+    from tests.compile.mma_step import Step
+
+    number = int(arch.strip("sm_a"))
+    found = worker().ask("tests.compile.mma_step:build", Step(number, half), arch)
+    assert found["local_bytes"] == 0 and found["registers"] <= 64
+    native = number >= 120
+    assert len(re.findall(r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.E8", found["sass"])) == native
+    assert count(found, r"OMMA\S*") == native and count(found, "HMMA") == 4 * (not native)

@@ -24,6 +24,8 @@ class Value:
     """One number in every lane, or one for all."""
 
     dtype: Any = None
+    # of the same number in a register
+    register: Any = None
 
     def __init__(self, x: Any) -> None:
         x = x.v if isinstance(x, Value) else x
@@ -31,7 +33,7 @@ class Value:
             self.v = np.asarray(x).astype(self.dtype)
 
     def bitcast(self, kind: type[Value]) -> Value:
-        return kind(self.v.view(kind.dtype))
+        return kind(self.v.view(kind.register or kind.dtype))
 
     def _with(self, other: Any, op: Any, result: type[Value] | None = None) -> Any:
         other = type(self)(other)
@@ -91,9 +93,12 @@ def inline_ptx(text: str, write_only_types: list[type[Value]], read_only_args: l
     args = [a if isinstance(a, Value) else Uint32(a) for a in read_only_args]
     kind = write_only_types[0]
     if text.startswith("mma.sync"):
-        parts = re.findall(r"\{(\{\$\w+\}(?:, \{\$\w+\})*|0, 0)\}", text)
+        parts = re.findall(r"\{(\{\$\w+\}(?:, \{\$\w+\})*|[02], 0)\}", text)
         groups = [[args[int(n)].v for n in re.findall(r"\$r(\d+)", p)] for p in parts]
-        sums = _block_scaled(groups) if "m16n8k64" in text else _m16n8k16(groups)
+        if "m16n8k64" in text:
+            sums = _block_scaled(groups, "2X" in text, [int(parts[i][0]) for i in (5, 7)])
+        else:
+            sums = _m16n8k16(groups)
         return [kind(c) for c in sums]
     with np.errstate(all="ignore"):
         if text.startswith("div.rn.f32"):
@@ -127,8 +132,16 @@ def _m16n8k16(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
     return _spread(A @ B, c)
 
 
-def _block_scaled(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
+def e8m0(byte: Any) -> np.ndarray:
+    """Values of e8m0 bytes."""
+    byte = np.asarray(byte).astype(np.int64)
+    return np.where(byte == 255, np.nan, np.exp2((byte - 127).astype(np.float64)))
+
+
+def _block_scaled(groups: list[list[np.ndarray]], wide: bool, first: list[int]) -> list[np.ndarray]:
+    """wide: scales are e8m0 of 32 k; first: of the bytes of A's and B's scale words that count."""
     _, a, b, c, (sfa,), _, (sfb,), _ = groups
+    decode, block = (e8m0, 32) if wide else (e4m3, 16)
     A, B = np.zeros((16, 64)), np.zeros((64, 8))
     for lane in range(32):
         g, t = lane // 4, lane % 4
@@ -136,11 +149,12 @@ def _block_scaled(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
             for r in range(4):
                 row, k = g + 8 * (r % 2), 8 * t + i + 32 * (r // 2)
                 # rows g and g + 8 have their scales in lanes 4 g and 4 g + 1
-                scale = e4m3(sfa[4 * g + r % 2] >> (8 * (k // 16)) & 0xFF)
+                byte = first[0] + k // block
+                scale = decode(sfa[4 * g + r % 2] >> (8 * byte) & 0xFF)
                 A[row, k] = E2M1[a[r][lane] >> (4 * i) & 15] * scale
             for r in range(2):
                 k = 8 * t + i + 32 * r
-                scale = e4m3(sfb[4 * g] >> (8 * (k // 16)) & 0xFF)
+                scale = decode(sfb[4 * g] >> (8 * (first[1] + k // block)) & 0xFF)
                 B[k, g] = E2M1[b[r][lane] >> (4 * i) & 15] * scale
     return _spread(A @ B, c)
 
@@ -155,6 +169,7 @@ class Sums(Float32):
     """Accumulators without rounding, so that a test can compare exactly."""
 
     dtype = np.float64
+    register = np.float32
 
 
 def device(name: str, *edits: tuple[str, str]) -> Any:

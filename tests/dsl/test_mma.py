@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.dsl.lanes import E2M1, LANES, Sums, Uint32, device, e4m3
+from tests.dsl.lanes import E2M1, LANES, Float32, Sums, Uint32, device, e4m3, e8m0
 
 JUNK = 0x7E7E7E7E
 # scale 0x7f is NaN
@@ -54,7 +54,7 @@ def dense(A, B, SA, SB) -> np.ndarray:
 
 @pytest.mark.parametrize("arch", [80, 90, 120, 121])
 def test_equals_the_dense_product(arch):
-    policy = device("mma").block_scaled_mma(arch)
+    policy = device("mma").nvfp4_mma(arch)
     assert policy.native == (arch >= 120)
     for seed in range(12):
         x = case(seed)
@@ -65,7 +65,7 @@ def test_equals_the_dense_product(arch):
 def test_a_nan_scale_breaks_its_row_and_column(arch):
     A, B, SA, SB = case(1)
     SA[3, 1], SB[5, 2] = 0x7F, 0x7F
-    C = product(device("mma").block_scaled_mma(arch), A, B, SA, SB)
+    C = product(device("mma").nvfp4_mma(arch), A, B, SA, SB)
     want = np.zeros((16, 8), bool)
     want[3], want[:, 5] = True, True
     assert np.array_equal(np.isnan(C), want)
@@ -82,7 +82,7 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug):
-    policy = device("mma", BUGS[bug]).block_scaled_mma(90)
+    policy = device("mma", BUGS[bug]).nvfp4_mma(90)
     for seed in range(4):
         x = case(seed)
         assert not np.array_equal(product(policy, *x), dense(*x))
@@ -92,7 +92,7 @@ def test_uniform_scales_would_hide_bugs_of_scales():
     """Why cases draw a scale for every row and block."""
     x = case(1, uniform=True)
     for bug in ("scales of the other block", "rows swapped"):
-        policy = device("mma", BUGS[bug]).block_scaled_mma(90)
+        policy = device("mma", BUGS[bug]).nvfp4_mma(90)
         assert np.array_equal(product(policy, *x), dense(*x))
 
 
@@ -102,3 +102,77 @@ def test_scaled_codes_are_exact_in_fp16_and_their_products_in_float32():
     values = np.unique(scaled)
     products = np.outer(values, values)
     assert np.array_equal(products.astype(np.float32).astype(np.float64), products)
+
+
+def mx_product(policy, x: tuple[np.ndarray, ...], half: int) -> np.ndarray:
+    """A [16, 64] times B [8, 64] under half of the four scales of every row."""
+    a, b, sa, sb = registers(*x)
+    acc = [Sums(np.full(32, float(i))) for i in range(4)]
+    policy.mma(acc, policy.a(a, sa, half), policy.b(b, sb, half))
+    C, g, t = np.zeros((16, 8)), LANES // 4, LANES % 4
+    for i in range(4):
+        C[g + 8 * (i // 2), 2 * t + i % 2] = acc[i].v - i
+    return C
+
+
+def mx_case(seed: int, low: int = 120, high: int = 135) -> tuple[np.ndarray, ...]:
+    """Codes, and e8m0 bytes whose products double precision adds up exactly."""
+    A, B, _, _ = case(seed)
+    r = np.random.default_rng(seed + 100)
+    return A, B, r.integers(low, high, (16, 4)), r.integers(low, high, (8, 4))
+
+
+def mx_dense(x: tuple[np.ndarray, ...], half: int) -> np.ndarray:
+    A, B, SA, SB = x
+    SA, SB = (e8m0(s[:, 2 * half : 2 * half + 2]) for s in (SA, SB))
+    return (E2M1[A] * np.repeat(SA, 32, 1)) @ (E2M1[B] * np.repeat(SB, 32, 1)).T
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("arch", [80, 90, 120, 121])
+def test_mxfp4_equals_the_dense_product(arch, half):
+    policy = device("mma").mxfp4_mma(arch)
+    assert policy.native == (arch >= 120)
+    for seed in range(12):
+        x = mx_case(seed)
+        assert np.array_equal(mx_product(policy, x, half), mx_dense(x, half))
+
+
+@pytest.mark.parametrize("arch", [90, 120])
+def test_an_mxfp4_scale_of_255_breaks_its_row_and_column(arch):
+    A, B, SA, SB = mx_case(1)
+    SA[3, 1], SB[5, 0] = 255, 255
+    policy = device("mma").mxfp4_mma(arch)
+    want = np.zeros((16, 8), bool)
+    want[3], want[:, 5] = True, True
+    assert np.array_equal(np.isnan(mx_product(policy, (A, B, SA, SB), 0)), want)
+    assert not np.isnan(mx_product(policy, (A, B, SA, SB), 1)).any()
+
+
+def test_every_pair_of_e8m0_scales():
+    """The factors as float32 alone, against products of powers of two."""
+    mma = device("mma")
+    x = np.float32(1152 / 4)
+    s, r = (g.flatten() for g in np.meshgrid(np.arange(256), np.arange(256)))
+    with np.errstate(all="ignore"):
+        want = (4.0 * float(x) * e8m0(s) * e8m0(r)).astype(np.float32)
+    mma.times_e8m0.__globals__["Float32"] = Float32
+    got = mma.times_e8m0(Float32(np.full(s.shape, x)), Uint32(s), Uint32(r)).v
+    assert np.array_equal(got, want, equal_nan=True)
+
+
+MX_BUGS = {
+    "columns of the next quad": ("8 * t + 4 * i)", "8 * t + 4 * (1 - i))"),
+    "rows swapped": ("a[1], quad + i)", "a[1], quad + 1 - i)"),
+    "scales of the other block": ("16 * a[2] + 8 * block", "16 * a[2] + 8 - 8 * block"),
+    "the other half of the word": ("16 * b[2] + 8 * block", "16 - 16 * b[2] + 8 * block"),
+    "B in another order of k": ("(b[0][block] >>", "(b[0][1 - block] >>"),
+}
+
+
+@pytest.mark.parametrize("bug", MX_BUGS)
+def test_a_bug_planted_in_mxfp4_is_found(bug):
+    policy = device("mma", MX_BUGS[bug]).mxfp4_mma(90)
+    for seed in range(4):
+        x = mx_case(seed)
+        assert not np.array_equal(mx_product(policy, x, 1), mx_dense(x, 1))

@@ -105,6 +105,45 @@ def test_both_entrances(activation, view, device):
     }).data_ptr()  # fmt: skip
 
 
+def dense16(w, args, x, ids, scales, activation, dtype=torch.float64) -> torch.Tensor:
+    """The layer of "w4a16": nothing is quantised but to bf16 between the products."""
+    out = torch.zeros(T, H, dtype=dtype)
+    for t in range(T):
+        for k in range(K):
+            e = int(ids[t, k])
+            if not 0 <= e < E:
+                continue
+            alpha, a2 = float(args["w1_alpha"][e]), float(args["w2_alpha"][e])
+            h = alpha * (w["w1"][e].dequantize(dtype) @ x[t].to(dtype))
+            up, gate = (h[:I], h[I:]) if w["w1"].shape[1] == 2 * I else (None, h)
+            m = activation(gate, up).bfloat16().to(dtype)
+            out[t] += float(scales[t, k]) * a2 * (w["w2"][e].dequantize(dtype) @ m)
+    return out
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "mode", [{"quant_mode": "w4a16"}, {"activation_precision": "bf16"}], ids=["mode", "precision"]
+)
+def test_sixteen_bit_activations(mode, activation, device):
+    w = weights(gated=activation != "relu2")
+    args = arguments(w, device)
+    # sums of order 1
+    args["w1_alpha"] = args["w1_alpha"] * 100
+    x, ids, scales = routing(device=device)
+    here = {name: t.cpu() for name, t in args.items()}
+    terms = (w, here, x.cpu(), ids.cpu(), scales.cpu(), ACTIVATIONS[activation])
+    oracle, peer = dense16(*terms), dense16(*terms, dtype=torch.float32)
+    run: Any = {"token_selected_experts": ids, "token_final_scales": scales, **args}
+    wrapper = B12xMoEWrapper(E, K, H, I, activation=activation, swiglu_limit=7.0, **mode)
+    got = wrapper.run(x, **run)
+    assert_within(got, peer.to(torch.bfloat16), oracle)
+    # the scale of an input that is not quantised does not matter
+    for other in (None, torch.tensor([7.0], device=device)):
+        assert_same(wrapper.run(x, **{**run, "fc2_input_scale": other}), got)
+
+
 def test_experts_of_this_rank_only():
     w = weights()
     args = arguments(w)
@@ -160,10 +199,8 @@ def test_malformed_arguments(change, match):
     [
         ({"activation": "tanh"}, cutemoe.InvalidCall, "activation: expected one of 'silu'"),
         ({"quant_mode": "fp8"}, cutemoe.InvalidCall, "quant_mode: expected one of"),
-        ({"activation_precision": "bf16"}, cutemoe.Unsupported, "only 'nvfp4'"),
         ({"output_dtype": torch.float16}, cutemoe.InvalidCall, "output_dtype: expected"),
         ({"swiglu": 1.0}, cutemoe.InvalidCall, "options: expected any of swiglu_alpha"),
-        ({"quant_mode": "w4a16"}, cutemoe.Unsupported, "only 'nvfp4'"),
         ({"num_local_experts": 4, "local_expert_offset": 3}, cutemoe.InvalidCall, "num_local_exp"),
         ({"num_local_experts": 0}, cutemoe.InvalidCall, "num_local_experts"),
     ],

@@ -4,13 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cutemoe
 from cutemoe.gemm.plan import weight_layout
 from cutemoe.gemm.weight import SM120, PackedWeight
 from cutemoe.moe import api, cute_nvfp4_plan, plan
 from cutemoe.moe.problem import Problem
-from cutemoe.moe.workspace import MIN_TILE_ROWS, layout, max_tiles
+from cutemoe.moe.workspace import (
+    MIN_TILE_ROWS,
+    WHOLE_Y,
+    layout,
+    max_tiles,
+    y_bytes,
+    y_parts,
+)
 from cutemoe.runtime.backend import choose, explain
 from cutemoe.runtime.device import Device
 from tests import strategies as draw
@@ -61,11 +70,12 @@ def test_variants_are_for_those_who_name_them():
         next(b for b in plan.BACKENDS if b.name == f"cute_nvfp4_{name}")
         for name in ("static", "dynamic", "emulated")
     )
-    for b, style in ((static, "static"), (dynamic, "dynamic")):
+    pipeline = next(b for b in plan.BACKENDS if b.name == "cute_nvfp4_pipeline")
+    for b, style in ((pipeline, "pipeline"), (static, "static"), (dynamic, "dynamic")):
         assert b.reason(GOOD, H200) is None
         config = b.config(GOOD, RTX)
         assert config.style == style and config.ctas == RTX.sm_count
-        assert replace(config, style="pipeline") == CUTE.config(GOOD, RTX)
+        assert replace(config, style=CUTE.config(GOOD, RTX).style) == CUTE.config(GOOD, RTX)
     why = emulated.reason(GOOD, H200) or ""
     assert "sm_120 or sm_121, whose MMA it emulates, got sm_90" in why
     assert emulated.reason(GOOD, SPARK) is None
@@ -161,24 +171,28 @@ def test_tiles_fit_the_workspace_and_sm120(tokens):
     assert m == (16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 96 else 128)
 
 
-def test_the_launch_style_follows_one_table(monkeypatch):
-    assert [n for n, _ in cute_nvfp4_plan.STYLES] == sorted(n for n, _ in cute_nvfp4_plan.STYLES)
-    assert cute_nvfp4_plan.style_of(cute_nvfp4_plan.MAX_INDEX) == "pipeline"
-    most = cute_nvfp4_plan.MAX_INDEX
-    monkeypatch.setattr(
-        cute_nvfp4_plan, "STYLES", ((16, "static"), (640, "dynamic"), (most, "pipeline"))
-    )
-    styles = [cute_nvfp4_plan.style_of(n) for n in (1, 16, 17, 640, 641, most)]
-    assert styles == ["static", "static", "dynamic", "dynamic", "pipeline", "pipeline"]
-
-
 def test_scratch_is_compact():
-    """256 experts, 1024 routed rows, H = 7168, I = 2048: what the GEMMs read is 5.4 MB."""
-    parts = layout(128, 8, 256, 7168, 2048, "nvfp4", True, weights="sm120_nvfp4").parts
-    sizes = {n: torch.Size(p.shape).numel() * p.dtype.itemsize for n, p in parts.items()}
-    read = sum(v for n, v in sizes.items() if n != "y")
-    assert read < 5.4e6
-    assert sizes["y"] == 1024 * 7168 * 4
+    """256 experts, 1024 routed rows, H = 7168, I = 2048: 5.4 MB, however the rows come about."""
+    for tokens, top_k in ((128, 8), (1024, 1), (32, 32)):
+        plan = layout(tokens, top_k, 256, 7168, 2048, "nvfp4", True, weights=SM120)
+        assert plan.nbytes < 5.4e6
+    # a prefill of 8192 tokens: what x and the FC1 output have in codes, and 2 MB of lists
+    rows = 8192 * 8
+    codes = rows * (4096 + 2048) * 9 // 16
+    plan = layout(8192, 8, 256, 4096, 2048, "nvfp4", True, weights=SM120)
+    assert plan.nbytes < codes + 2e6
+
+
+@given(rows=st.integers(1, 100_000), hidden=draw.multiples(16, 600))
+def test_parts_of_y_fit_and_cover_it(rows, hidden):
+    slots, columns = y_parts(rows, hidden)
+    assert slots * rows * columns * 4 <= y_bytes(rows, hidden)
+    if columns < hidden:
+        # two parts, so that one is computed while the other is added up
+        assert slots == 2 and columns % cute_nvfp4_plan.BLOCK_N == 0
+        assert rows * hidden * 4 > WHOLE_Y
+    else:
+        assert (slots, columns) == (1, hidden)
 
 
 def packed_layer(**kwargs):
@@ -193,7 +207,7 @@ def launches(monkeypatch, style, moe, layer, x, ids, weights, activation=SATURAT
     from cutemoe.moe import cute_nvfp4_launch as launch
 
     seen = []
-    for name in ("sort", "quantise", "fc1", "fc2", "combine", "fused"):
+    for name in ("sort", "quantise", "fc1", "fc2", "fused"):
 
         def kernel(config, name=name):
             return lambda *args: seen.append((name, config, args))
@@ -209,14 +223,15 @@ def launches(monkeypatch, style, moe, layer, x, ids, weights, activation=SATURAT
     return problem, seen
 
 
-def test_the_pipeline_is_five_launches_with_what_the_tensors_show(monkeypatch):
+def test_the_pipeline_is_four_launches_with_what_the_tensors_show(monkeypatch):
     layer, moe = packed_layer(H=80, I=48)
     ids, weights = torch.zeros(7, 4, dtype=torch.int64)[:, :2], torch.ones(7, 2)
     x = torch.zeros(7, 83).bfloat16()[:, :80]
     limit = cutemoe.SwiGLU(alpha=torch.ones(5), limit=3.0)
     problem, seen = launches(monkeypatch, "pipeline", moe, layer, x, ids, weights, limit)
-    assert [name for name, *_ in seen] == ["sort", "quantise", "fc1", "fc2", "combine"]
-    sort, quantise, fc1, fc2, combine = (config for _, config, _ in seen)
+    assert [name for name, *_ in seen] == ["sort", "quantise", "fc1", "fc2"]
+    sort, quantise, fc1, whole = (config for _, config, _ in seen)
+    fc2, combine = whole.gemm, whole.rows
     assert (sort.ids, sort.flat) == ("int64", False) and not quantise.flat
     assert not quantise.wide and combine.wide
     assert fc1.factor and fc1.bias and fc1.limit and fc1.alpha_e and not fc1.limit_e
@@ -224,8 +239,10 @@ def test_the_pipeline_is_five_launches_with_what_the_tensors_show(monkeypatch):
     assert all(c.arch == 120 for c in (quantise, fc1, fc2, combine))
     # every tile that the routed rows can need, times the blocks of outputs
     tiles = cute_nvfp4_plan.most_tiles(problem, 16)
-    assert seen[2][2][-1] == tiles * 1 and seen[3][2][-1] == tiles * 1
-    assert seen[0][2][2:] == (3, 5, 16) and seen[4][2][4:] == (3, 5)
+    assert seen[2][2][-1] == tiles * 1
+    # and two CTAs of 128 threads for the sums of 7 * 80 / 4 outputs
+    assert seen[3][2][-1] == tiles * 1 + 2 and seen[3][2][7] == (3, 5, 2)
+    assert seen[0][2][3:] == (3, 5, 16) and seen[0][2][2] is seen[3][2][6]
     # FC2 reads what FC1 wrote
     wrote, read = seen[2][2][5], seen[3][2][0]
     assert [t.data_ptr() for t in wrote] == [t.data_ptr() for t in read[:2]]
@@ -239,8 +256,8 @@ def test_a_fused_layer_is_one_launch_with_counters_at_zero(monkeypatch, style):
     _, seen = launches(monkeypatch, style, moe, layer, x, ids, weights)
     ((name, config, args),) = seen
     assert name == "fused" and config.dynamic == (style == "dynamic")
-    assert config.sort.flat and config.quantise.wide and config.combine.wide
-    assert args[6].tolist() == [0, 0, 0, 0] and args[7] == (3, 5, 16) and args[8] == 188
+    assert config.sort.flat and config.quantise.wide and config.fc2.rows.wide
+    assert not args[6].any() and args[7] == (3, 5, 1, 16) and args[8] == 188
 
 
 def test_codes_that_lost_their_alignment_are_refused(monkeypatch):
@@ -274,7 +291,8 @@ def test_a_token_has_the_same_bits_in_every_batch(tokens):
 
 
 @pytest.mark.gpu
-def test_a_graph_replays_with_new_tokens_and_routing():
+@pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
+def test_a_graph_replays_with_new_tokens_and_routing(style):
     layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
     moe = layer.prepared(GPU)
     cases = []
@@ -289,12 +307,14 @@ def test_a_graph_replays_with_new_tokens_and_routing():
         inputs = [torch.empty_like(t).copy_(t) for t in cases[0]]
         space = poison.empty((cutemoe.Workspace.for_moe(moe, 24, 3).nbytes,), torch.uint8)
         out = poison.empty((24, 256), torch.bfloat16)
+        # compiled before it is captured
+        x, ids, weights = inputs
+        cutemoe.fused_moe(x, moe, ids, weights, backend=f"cute_nvfp4_{style}")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            x, ids, weights = inputs
             cutemoe.fused_moe(
                 x, moe, ids, weights, out=out, workspace=cutemoe.Workspace(space),
-                backend="cute_nvfp4",
+                backend=f"cute_nvfp4_{style}",
             )  # fmt: skip
         for _ in range(3):
             for case, y in zip(cases, want, strict=True):
@@ -342,7 +362,33 @@ def test_one_launch_gives_the_bits_of_the_pipeline(style, ctas, pattern, tokens)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("style", ["static", "dynamic"])
+@pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
+@pytest.mark.parametrize("pattern", ["uniform", "one expert", "skips"])
+@pytest.mark.parametrize(("tokens", "ctas"), [(3, 2), (150, 0), (150, 3), (700, 0)])
+def test_y_in_parts_gives_the_bits_of_a_whole_y(monkeypatch, style, pattern, tokens, ctas):
+    from cutemoe.moe import cute_nvfp4_launch, workspace
+
+    layer = random_layer("nvfp4", "nvfp4", E=6, H=1200, I=208, seed=5)
+    r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
+    args = GPU.put((draw.normal((tokens, 1200), 7, torch.bfloat16), r.ids(), r.weights()))
+    monkeypatch.setattr(workspace, "WHOLE_Y", 1 << 30)
+    cute_nvfp4_launch._layout.cache_clear()
+    want = direct(layer, args, "pipeline", 0)
+    monkeypatch.setattr(workspace, "WHOLE_Y", 0)
+    cute_nvfp4_launch._layout.cache_clear()
+    # ten parts, the last of 48 columns
+    assert workspace.y_parts(tokens * 3, 1200) == (2, 128)
+    with Poison("cuda") as poison:
+        size = cutemoe.Workspace.for_moe(layer.prepared(GPU), tokens, 3).nbytes
+        space = cutemoe.Workspace(poison.empty((size,), torch.uint8))
+        out = poison.empty(want.shape, want.dtype)
+        for _ in range(3):
+            assert_same(direct(layer, args, style, ctas, space=space, out=out), want)
+    cute_nvfp4_launch._layout.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
 def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(style):
     layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
     r = draw.Routing(T=40, K=2, E=6, offset=0, pattern="skewed", seed=1)
@@ -375,3 +421,36 @@ def test_extreme_values_of_x_and_weights():
     finite = torch.isfinite(want)
     assert torch.equal(torch.isfinite(got), finite)
     assert (got - want)[finite].abs().max() <= want[finite].abs().max() * 2**-7
+
+
+def with_small_scales(q: cutemoe.QuantizedTensor) -> cutemoe.QuantizedTensor:
+    """The same values with block scales 2^-8 times as great: subnormal in e4m3."""
+    scale = (q.scale.float() * 2.0**-8).to(torch.float8_e4m3fn)
+    assert scale.view(torch.uint8).max() < 8 and q.global_scale is not None
+    return cutemoe.QuantizedTensor(q.data, scale, q.global_scale * 2.0**8, format="nvfp4")
+
+
+@pytest.mark.parametrize("where", ["reference", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_subnormal_scales_of_weights_are_worth_what_they_say(where):
+    layer = exact_layer("nvfp4", "nvfp4")
+    small = replace(layer, w13=with_small_scales(layer.w13), w2=with_small_scales(layer.w2))
+    r = draw.Routing(T=40, K=2, E=5, offset=0, pattern="skips", seed=1)
+    args = exact_x(40, layer, 2), r.ids(), r.weights(exact=True)
+    want = meant(layer, args)
+    assert bool(want.any())
+    got = meant(small, args) if where == "reference" else run(small, *args, activation=SATURATED)[1]
+    assert_same(got.cpu(), want)
+
+
+def meant(layer, args):
+    x, ids, weights = args
+    moe = layer.prepared()
+    return cutemoe.fused_moe(x, moe, ids, weights, activation=SATURATED, backend="reference")
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_a_scale_that_is_nan_is_refused_with_the_weights(byte):
+    layer = exact_layer("nvfp4", "nvfp4")
+    layer.w13.scale.view(torch.uint8)[1, 2, 3] = byte
+    with pytest.raises(cutemoe.InvalidCall, match="w13: expected scales that are finite"):
+        layer.prepared()

@@ -106,6 +106,7 @@ def flat(*args: Any) -> list[Any]:
     ],
 )
 def test_shipped_ptx_gives_the_bits_of_the_emulation(tokens, H, I, gated, gate_up):  # noqa: E741
+    from cutemoe.moe import cute_nvfp4_launch as launch
     from cutemoe.moe.api import _tensors
     from cutemoe.moe.cute_nvfp4_launch import _codes, _params, _scales, complete
     from cutemoe.moe.workspace import layout_of
@@ -116,9 +117,8 @@ def test_shipped_ptx_gives_the_bits_of_the_emulation(tokens, H, I, gated, gate_u
     r = draw.Routing(T=tokens, K=2, E=4, offset=0, pattern="skewed", seed=tokens)
     x, ids, weights = GPU.put((draw.normal((tokens, H), 7, torch.bfloat16), r.ids(), r.weights()))
     space = cutemoe.Workspace.for_moe(moe, tokens, 2)
-    cutemoe.fused_moe(
-        x, moe, ids, weights, activation=activation, workspace=space, backend="cute_nvfp4"
-    )
+    call = {"activation": activation, "workspace": space, "backend": "cute_nvfp4"}
+    want = cutemoe.fused_moe(x, moe, ids, weights, **call)
     t, _ = _tensors(x, moe, ids, weights, activation, None, space, "cute_nvfp4")
     problem = Problem.of(
         t, activations="nvfp4", gate_up=gate_up, activation="swiglu" if gated else "relu2",
@@ -129,7 +129,13 @@ def test_shipped_ptx_gives_the_bits_of_the_emulation(tokens, H, I, gated, gate_u
     w = layout_of(problem).views(space.buffer)
     live = int(w["expert_start"][-1])
     tiles = (Tiles(w["tiles"]), w["tile_count"], w["sorted_slots"])
-    xq, mid = _codes(w, "xq"), _codes(w, "midq")
+    mid = _codes(w, "midq")
+    # y has overwritten the codes of x
+    w["xq"], w["xq_scale"] = torch.empty_like(w["xq"]), torch.empty_like(w["xq_scale"])
+    xq = _codes(w, "xq")
+    rows = (w["sorted_slots"], w["expert_start"])
+    emulated = replace(c.quantise, arch=Device.of(x.device).arch)
+    launch.quantise(emulated)(x, ids, *rows, t.input_scale1, xq[2], xq[1], 0)
     with Poison("cuda") as poison:
 
         def fresh(t: torch.Tensor) -> torch.Tensor:
@@ -149,12 +155,15 @@ def test_shipped_ptx_gives_the_bits_of_the_emulation(tokens, H, I, gated, gate_u
             (codes, scales))  # fmt: skip
         assert_same(codes[:live], mid[2][:live], "codes of the FC1 output")
         assert_same(scales[:live], mid[1][:live], "scales of the FC1 output")
-        y = fresh(w["y"])
-        run("build_fc2", c.fc2, most * -(-H // c.fc2.outputs), tile.threads, tile.smem_bytes,
+        y, out, combiners = fresh(w["y"]), fresh(t.out), launch._combiners(problem, c, w["y"])
+        items = most * -(-y.shape[1] // c.fc2.gemm.outputs) + combiners
+        # one item's number beside the stages
+        shared = tile.smem_bytes + 4
+        run("build_fc2", c.fc2, items * -(-H // y.shape[1]), tile.threads, shared,
             (mid[0], mid[3], t.w2.data, _scales(t.w2.scale)), tiles,
-            (t.w2.factor, t.input_scale2), t.b2, y)  # fmt: skip
-        rows = w["sorted_slots"][:live].long()
-        assert_same(y[rows], w["y"][rows], "y")
+            (t.w2.factor, t.input_scale2), t.b2, y, (ids, weights, out),
+            torch.zeros_like(w["sync"]), (0, 4, combiners))  # fmt: skip
+        assert_same(out, want)
 
 
 def run(build: str, config: Any, grid: int, block: int, shared: int, *args: Any) -> None:

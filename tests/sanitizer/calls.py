@@ -21,6 +21,7 @@ sys.modules["tests"] = types.ModuleType("tests")
 sys.modules["tests"].__path__ = [str(Path(__file__).parents[1])]
 
 import cutemoe
+from cutemoe.moe import workspace
 from tests import strategies as draw
 from tests.gdn.cases import NATIVE, Case
 from tests.moe.cases import random_layer
@@ -48,16 +49,22 @@ def names(op: str) -> list[str]:
 
 
 def moe() -> Iterator[str]:
-    """Layers with widths that no tile divides, few and many tokens."""
-    for backend in names("fused_moe"):
+    """Layers with widths that no tile divides, few and many tokens; y of codes in parts."""
+    workspace.WHOLE_Y = 0
+    here = names("fused_moe")
+    if "cute_nvfp4" in here:
+        here += ["cute_nvfp4_static", "cute_nvfp4_dynamic"]
+    for backend in here:
         for format, activations in LAYERS:
-            layer = random_layer(format, activations, E=6, H=192, I=96, gate_up="interleaved")
+            if backend.startswith("cute_nvfp4_") and activations != "nvfp4":
+                continue
+            layer = random_layer(format, activations, E=6, H=320, I=96, gate_up="interleaved")
             prepared = cutemoe.prepare_moe(
                 layer.w13, layer.w2, layer.b13, layer.b2, activations=activations,
                 gate_up="interleaved", input_scale=layer.input_scale, device=CUDA, backend=backend,
             )  # fmt: skip
             for tokens in (1, 37, 700):
-                x = draw.normal((tokens, 192), 1, layer.dtype).to(CUDA)
+                x = draw.normal((tokens, 320), 1, layer.dtype).to(CUDA)
                 logits = draw.normal((tokens, 6), 2).to(CUDA)
                 ids, weights = cutemoe.route(logits, 3)
                 ids[tokens // 2, 0] = -1
