@@ -30,6 +30,8 @@ def build(c: Config, options: str = ""):
     gates = tuple(_strided(TYPES[d], sh) for d, sh in zip(c.gates, shapes))
     state = _fake(dt, (P, HV, *row), kernel.alignment(2, dt))
     snaps = _fake(dt, (B, s(), HV, *row), kernel.alignment(2, dt)) if c.snapshots else None
+    if c.targets:
+        snaps = _strided(TYPES[c.targets], (B, T))
     index = _strided(TYPES[c.index], (B,)) if c.index else None
     draft = accepted = None
     if c.record:

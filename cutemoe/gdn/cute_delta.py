@@ -22,14 +22,19 @@ and k have their low parts in rows 8..15. An mma truncates its sums: with float3
 are short and added up outside, and a state is D S + x by FMA, where only x comes out of an mma.
 Folding recorded u does what `gdn_decode` of the same tokens does, bit for bit.
 
-Measured on an H200, 2026-11-21, HV=32, HQ=16, D=128, float32 states, us at B = 1 / 16 / 64: output
-only T=4 3.6/11.8/35.5, T=8 3.8/12.8/40.0; update T=1 4.8/20.7/73, T=8 4.8/22.6/78; snapshots T=8
-8.5/93/332; verify T=8 3.9/15/46 with nothing folded, 6.0/29/104 with everything folded.
+Final states: a call without states between takes all its tokens in at once, one with them token by
+token, so the last bits of the final state differ between the two; outputs do not.
+
+Measured on an H200, 2026-11-27, HV=32, HQ=16, D=128, float32 states, us at B = 16 / 64 / 256:
+update T=1 20.7/72.2/279, verify T=8 14.0/42.9/161 with nothing
+folded, 28.9/100/375 with everything folded. perf/notes/gdn.md has what was tried and why.
 
 Rejected, in us at B=64: k, q and coefficients in shared memory, the Gram matrix split over the
 warps, three barriers a tile (T=8, output only: 85); the state as A operand (a move for every
 number); a rank-1 update a token by FMA from global or shared memory (verify, T=8, all folded: 115);
-the state without cache hints (T=4, output only: 39.3); dependent launch (B=64: -0.8, B=1: +0.3).
+loads that evict first or do not allocate in L1 and stores that stream (T=1: 74.5 and 77.7);
+dependent launch (-0.8, B=1: +0.3); warps that walk over the sequences and load one ahead into
+shared memory by bulk copies (verify, T=8: 55 and 111).
 Weights as exp of a difference of sums are NaN at g = 0.
 """
 
@@ -63,7 +68,10 @@ class GatedDelta(Rows):
         magic: Int32,
         stream: cuda.CUstream,
     ):
-        """inputs: q, k [B, T, HQ, DK], v, out [B, T, HV, DV]; draft: as in GDNDraft, or None."""
+        """inputs: q, k [B, T, HQ, DK], v, out [B, T, HV, DV]; draft: as in GDNDraft, or None.
+
+        mI: states after tokens [B, steps, HV, ...], or with `targets` their slots [B, T].
+        """
         B, _, HV, DV = inputs[3].shape
         self.kernel(inputs, gates, mS, mIdx, mI, draft, mAcc, scale, group, magic).launch(  # pyright: ignore
             grid=[cute.ceil_div(DV, 16 * self.c.warps), HV, B],
@@ -134,13 +142,13 @@ class GatedDelta(Rows):
         if const_expr(self.c.loop):
             for t0 in range(0, T, self.c.tile):
                 self.load_window(inputs, gates, window, head, at, t0)
-                self.compute(inputs, gS, mI, draft, scale, window, rS, head, at, t0, half)
+                self.compute(inputs, mS, gS, mI, draft, scale, window, rS, head, at, t0, half)
             if const_expr(self.c.update):
                 self.store_state(gS, rS, at)
         else:
             # always so but for a flush; no load moves down past the branch
             if T > 0:
-                self.compute(inputs, gS, mI, draft, scale, window, rS, head, at, 0, half)
+                self.compute(inputs, mS, gS, mI, draft, scale, window, rS, head, at, 0, half)
         if const_expr(self.verify):
             if at.t == 0:
                 new = Int16(2 * T + half)
@@ -149,7 +157,7 @@ class GatedDelta(Rows):
                         draft[4][head.slot, head.hv, at.row + h] = new
 
     @cute.jit
-    def compute(self, inputs, gS, mI, draft, scale, window, rS, head, at, t0, half):
+    def compute(self, inputs, mS, gS, mI, draft, scale, window, rS, head, at, t0, half):
         """One tile of tokens from t0 on."""
         c = self.c
         mK, mO = inputs[1], inputs[3]
@@ -173,12 +181,20 @@ class GatedDelta(Rows):
             self.record(draft, rX, rP, r[0], log_g, head, at, t0, T, half)
         gK = self.narrow(mK[head.b, None, head.hq, None], 0)
         steps = n if n < c.tile else Int32(c.tile)
-        if const_expr(c.snapshots):
+        if const_expr(c.snapshots or c.targets != ""):
             rF = self.in_float32(rS)
+            to = self.target(mI, mS.shape[0], head, at, t0) if const_expr(c.targets) else None
             for s in range(steps):
                 x = self.from_lane(r[0], 4 * s)
                 self.add(rF, gK, t0 + s, rP, s, x, self.from_lane(g, 4 * s), at)
-                self.store_state(self.narrow(mI[head.b, t0 + s, head.hv, None, None], 2), rF, at)
+                if const_expr(c.targets != ""):
+                    slot = self.from_lane(to, 4 * s)
+                    if slot >= 0:
+                        gX = self.narrow(mS[Int64(slot), head.hv, None, None], 2)
+                        self.store_state(gX, rF, at)
+                else:
+                    gX = self.narrow(mI[head.b, t0 + s, head.hv, None, None], 2)
+                    self.store_state(gX, rF, at)
             if const_expr(c.update and not c.loop):
                 self.store_state(gS, rF, at)
         elif const_expr(c.update):
@@ -238,6 +254,14 @@ class GatedDelta(Rows):
             z = cute.arch.rcp_approx(y)
             beta = z * (2.0 - y * z) if z > 0.0 else z
         return log_g, beta
+
+    @cute.jit
+    def target(self, mI, slots, head, at, t0):
+        """The slot for the state after the lane's token, -1 for none."""
+        t = t0 + at.g % self.c.tile
+        last = mI.shape[1] - 1
+        to = Int64(mI[head.b, t if t < last else last])
+        return Int32(to) if to >= 0 and to < slots else Int32(-1)
 
     # ---- small products of the window
 

@@ -41,8 +41,9 @@ def run(problem: Problem, config: Config, x: GDNTensors) -> None:
         d = x.draft
         draft = (d.u, d.k, d.k_rnorm, d.log_g, d.mark)
     group = problem.HV // problem.HQ
+    snapshots = x.intermediate_states if x.intermediate_indices is None else x.intermediate_indices
     kernel(complete(config, x))(
-        (x.q, x.k, x.v, x.out), x.gates, x.state, x.state_indices, x.intermediate_states, draft,
+        (x.q, x.k, x.v, x.out), x.gates, x.state, x.state_indices, snapshots, draft,
         x.num_accepted, x.scale, group, -(-65536 // group),
     )  # fmt: skip
 
@@ -64,13 +65,12 @@ def complete(config: Config, x: GDNTensors) -> Config:
         _aligned(16 if config.layout == "vk" else 2 * size, *state),
         records,
     )
-    return _completed(
-        config,
-        tuple([_NAMES[g.dtype] for g in x.gates]),
-        "" if x.state_indices is None else _NAMES[x.state_indices.dtype],
-        "" if x.num_accepted is None else _NAMES[x.num_accepted.dtype],
-        wide,
+    index, accepted, targets = (
+        "" if i is None else _NAMES[i.dtype]
+        for i in (x.state_indices, x.num_accepted, x.intermediate_indices)
     )
+    gates = tuple([_NAMES[g.dtype] for g in x.gates])
+    return _completed(config, gates, index, accepted, targets, wide)
 
 
 @lru_cache(maxsize=1024)
@@ -79,6 +79,7 @@ def _completed(
     gates: tuple[str, ...],
     index: str,
     accepted: str,
+    targets: str,
     wide: tuple[bool, bool, bool, bool],
 ) -> Config:
     return replace(
@@ -86,6 +87,7 @@ def _completed(
         gates=gates,
         index=index,
         accepted=accepted,
+        targets=targets,
         wide=wide,
         # scalar accesses need more registers than a cap leaves
         blocks=config.blocks if all(wide) else 0,

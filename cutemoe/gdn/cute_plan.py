@@ -29,6 +29,7 @@ class Config:
         record: dtype of the recorded keys; "" is decode.
         gates: dtypes of (a, b, A_log, dt_bias) or of (g, beta).
         index, accepted: dtypes of the slot indices and of num_accepted, "" for none.
+        targets: dtype of the slots for the states after tokens, "" for none.
         wide: (q and k, v and out and u, states, recorded keys) are aligned for vectors.
     """
 
@@ -48,6 +49,7 @@ class Config:
     gates: tuple[str, ...] = ("bfloat16", "bfloat16", "float32", "float32")
     index: str = "int32"
     accepted: str = ""
+    targets: str = ""
     wide: tuple[bool, bool, bool, bool] = (True, True, True, True)
 
 
@@ -55,8 +57,6 @@ def refuse(problem: Problem, device: Device) -> str | None:
     """A warp holds 16 whole rows of a state in registers."""
     if problem.DK not in HEADS:
         return f"DK 64 or 128, got {problem.DK}"
-    if problem.scattered:
-        return "no intermediate_indices"
     if problem.DV < 2:
         return f"DV >= 2, got {problem.DV}"
     if max(problem.B, problem.HV) > MAX_GRID or problem.HV * problem.HV > problem.HQ << 16:
@@ -68,13 +68,18 @@ def refuse(problem: Problem, device: Device) -> str | None:
 def configure(problem: Problem, device: Device) -> Config:
     """The configuration, but for the dtypes and alignments that only the tensors show.
 
-    Verification of many rows waits for its records, so 16 warps an SM and a few spilled registers
-    beat 8 warps (H200, HV=32, T=4, float32: 45 and 97 us against 51 and 109 us at B=64 with nothing
-    and everything folded; at B=1 3.7 us without the cap, 4.3 us with it).
+    A cap of 128 registers, 16 warps an SM, helps verification of many rows of 16-bit states alone:
+    with nothing folded 30 and 112 us with it, 32 and 114 us without (H200, HV=32, T=8, B=64 and
+    256). The state in float32 takes 64 registers and spills then: 47 and 172 us with the cap, 43
+    and 161 us without, all folded 104 and 398 against 100 and 375 us. Left alone, ptxas spills
+    two words for sm_80 to fit 12 warps; asked for 8, it does not.
     """
     p = problem
     rows = p.B * p.HV * p.DV
-    many = device.arch == 90 and rows > 16 * 12 * device.sm_count
+    many = device.arch == 90 and rows > 16 * 12 * device.sm_count and p.state != "float32"
+    cap = 0
+    if p.window is not None and p.T > 0:
+        cap = 16 if many else 8 * (device.arch < 90)
     tile = 4 if p.T <= 4 or p.dtype == "float32" else 8
     warps = next((w for w in (4, 2, 1) if p.DV % (16 * w) == 0), 4)
     return Config(
@@ -82,7 +87,7 @@ def configure(problem: Problem, device: Device) -> Config:
         tile=tile,
         loop=p.T == 0 or tile < p.T,
         warps=warps,
-        blocks=16 // warps if many and p.T > 0 and p.window is not None else 0,
+        blocks=cap // warps,
         io=p.dtype,
         state=p.state,
         layout=p.layout,

@@ -160,7 +160,7 @@ class Rows:
                         for j in range_constexpr(self.vec):
                             rX[j] = self.dt(rF[j, h, ch])
                         gX = cute.local_tile(gS[at.row + h, None], (self.vec,), (4 * ch + at.t,))
-                        self.write(rX, gX)
+                        cute.autovec_copy(rX, gX)
         else:
             for ch in range_constexpr(self.chunks):
                 for j in range_constexpr(self.vec):
@@ -175,29 +175,16 @@ class Rows:
                                 gX[at.row + h] = rX[h]
 
     def read(self, gX, rX):
-        """16 bytes of a state, which nobody needs again; fetches the line it is in."""
+        """16 bytes of a state; fetches the line it is in."""
         if not self.c.wide[2]:
             return cute.autovec_copy(gX, rX)
         atom = cute.make_copy_atom(
             cute.nvgpu.CopyG2ROp(),
             self.dt,
             num_bits_per_copy=128,
-            l1c_evict_priority=cute.nvgpu.CacheEvictionPriority.EVICT_FIRST,
             l2_prefetch_size=cute.nvgpu.L2PrefetchSize.SIZE_128B,
         )
         cute.copy(atom, gX, rX)
-
-    def write(self, rX, gX):
-        """16 bytes of a state, streamed."""
-        if not self.c.wide[2]:
-            return cute.autovec_copy(rX, gX)
-        atom = cute.make_copy_atom(
-            cute.nvgpu.CopyR2GOp(),
-            self.dt,
-            num_bits_per_copy=128,
-            store_cache_mode=cute.nvgpu.StoreCacheMode.STREAMING,
-        )
-        cute.copy(atom, rX, gX)
 
     # ---- numbers
 

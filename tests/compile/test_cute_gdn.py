@@ -30,6 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "update": {"update": True},
     "update T=1": {"update": True, "T": 1},
     "snapshots": {"snapshots": True, "T": 4},
+    "slots": {"scattered": True, "T": 4},
+    "slots, long": {"scattered": True, "T": 9, "state": "bfloat16"},
     "verify": VERIFY,
     "verify B=1": {**VERIFY, "B": 1},
     "verify T=4": {**VERIFY, "T": 4},
@@ -49,10 +51,12 @@ def configuration(kind: str, arch: str = "sm_90a") -> Config:
     device = replace(H200, arch=int(arch.strip("sm_a")))
     config = cute_plan.configure(problem, device)
     accepted = "int32" if problem.record else ""
+    targets = "int32" if problem.scattered else ""
     gates = (problem.dtype, problem.dtype, "float32", "float32")
     return replace(
-        config, gates=gates, accepted=accepted, wide=(True, problem.DV != 20, True, True)
-    )
+        config, gates=gates, accepted=accepted, targets=targets,
+        wide=(True, problem.DV != 20, True, True),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -61,7 +65,10 @@ def test_compiles_into_registers_and_tensor_cores(kind, arch):
     config = configuration(kind, arch)
     c = worker().ask(BUILD, config, arch)
     # a cap on registers is the one thing that may spill, where it measured faster
-    assert c["local_bytes"] <= (128 if config.blocks else 0) and c["registers"] <= 255
+    assert (
+        c["local_bytes"] <= (128 if config.blocks * config.warps > 8 else 0)
+        and c["registers"] <= 255
+    )
     if kind != "flush":
         assert re.search(r"^(@!?U?P\w+ )?HMMA", c["sass"], re.MULTILINE)
     assert not re.search(r"\b(BAR|LDS|STS)\b", c["sass"])

@@ -39,6 +39,42 @@ def test_tensors_off_every_boundary_give_the_same_bits(layout, state):
     assert torch.equal(call["state"], other["state"])
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [1, 4, 7])
+@pytest.mark.parametrize("B", [450, 1201])
+def test_a_call_of_many_sequences_is_calls_of_a_few(B, T, state):
+    """Some of them padding; more than a wave of CTAs and another configuration than calls of 50."""
+    case = Case(B, T, (2, 4, 64, 64), torch.bfloat16, state, spare=3)
+    call = CUTE.put(case.call())
+    g = torch.Generator().manual_seed(B + T)
+    live = (torch.rand(B, generator=g) < 0.8).cuda()
+    call["state_indices"] = torch.where(live, call["state_indices"], -1)
+    drafts = [case.draft(T, "cuda", torch.bfloat16) for _ in range(2)]
+    for i in range(3):
+        n = torch.randint(0, T + 1, (B,), generator=g).cuda()
+        whole, parts = (call | {"state": call["state"].clone()} for _ in range(2))
+        pieces = [_rows(parts, b, b + 50) for b in range(0, B, 50)]
+        if i == 2:
+            out = CUTE.decode(**whole)
+            few = [CUTE.decode(**p) for p in pieces]
+        else:
+            out = CUTE.verify(**whole, draft=drafts[0], num_accepted=n)
+            few = [
+                CUTE.verify(**p, draft=drafts[1], num_accepted=n[50 * j : 50 * j + 50])
+                for j, p in enumerate(pieces)
+            ]
+        assert torch.equal(out, torch.cat(few)) and bool((out[~live] == 0).all())
+        assert torch.equal(whole["state"], parts["state"])
+        assert bool(out.isfinite().all())
+        call["state"] = whole["state"]
+
+
+def _rows(call: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    """The call of some of the sequences, on the same pool."""
+    part = ("q", "k", "v", "a", "b", "g", "beta", "state_indices")
+    return {k: x[start:end] if k in part else x for k, x in call.items()}
+
+
 @pytest.mark.parametrize("DV", [20, 48, 64, 100])
 @pytest.mark.parametrize("layout", ["vk", "kv"])
 def test_any_number_of_values(DV, layout):

@@ -39,6 +39,7 @@ def exact_call(case: Case) -> dict:
 
 
 def check(target, case: Case) -> None:
+    case = target.fit(case)
     call = exact_call(case)
     plain = dict(call)
     if case.raw:

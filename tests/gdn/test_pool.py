@@ -21,6 +21,7 @@ PADDING = (-1, -7, -(2**31), 2**31 - 1)
     seed=draw.seeds(),
 )
 def test_only_what_a_live_row_owns_is_written(target, case, extra, update, seed):
+    case = target.fit(case)
     call = target.put(case.call())
     g = draw.generator(seed)
     live = torch.rand(case.B, generator=g) < 0.6
@@ -63,6 +64,7 @@ def test_only_what_a_live_row_owns_is_written(target, case, extra, update, seed)
 @settings(max_examples=examples(0.2))
 @given(case=cases(index=None))
 def test_without_indices_row_b_has_slot_b(target, case):
+    case = target.fit(case)
     call = target.put(case.call())
     other = call | {"state": call["state"].clone()}
     other["state_indices"] = target.put(torch.arange(case.B))

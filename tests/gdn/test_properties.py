@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import strategies as draw
-from tests.close import assert_same
-from tests.gdn.cases import Case, cases, live_slots
+from tests.close import assert_same, assert_within
+from tests.gdn.cases import Case, cases, live_slots, oracle, torch_path, vk
 from tests.strategies import examples
 
 TOKENS = ("q", "k", "v", "a", "b", "g", "beta")
@@ -26,32 +26,53 @@ def fresh(call: dict) -> dict:
 @settings(max_examples=examples(0.25))
 @given(case=cases(**F32), cut=st.integers(0, 3))
 def test_a_call_is_its_tokens_one_by_one_or_in_two_calls(target, case, cut):
+    """CuTe solves for the tokens of a call at once: there every way keeps the bound instead."""
+    case = target.fit(case)
+    exact = target.backend != "cute"
+    want, peer = oracle(case.call()), torch_path(case.call(), target.device)
     call = target.put(case.call())
     whole = fresh(call)
     out = target.decode(**whole)
     for parts in ([slice(t, t + 1) for t in range(case.T)], [slice(0, cut), slice(cut, None)]):
         other = fresh(call)
         got = [target.decode(**tokens(other, part)) for part in parts]
-        if got:
+        if got and exact:
             assert_same(torch.cat(got, 1), out)
-        assert_same(other["state"], whole["state"], "state")
+        elif got:
+            assert_within(torch.cat(got, 1), peer.out.to(case.dtype), want.out)
+        if exact or case.T == 0:
+            assert_same(other["state"], whole["state"], "state")
+        else:
+            final = vk(other["state"][live_slots(call)], case)
+            assert_within(final, peer.states[:, -1], want.states[:, -1], "state")
 
 
 @settings(max_examples=examples(0.25))
 @given(case=cases(), t=st.integers(0, 2))
 def test_a_snapshot_is_the_final_state_of_its_prefix(target, case, t):
+    """In CuTe a final state without snapshots takes its tokens at once: each keeps the bound."""
+    case = target.fit(case)
     call = target.put(case.call())
     snapshots = target.put(case.snapshots())
     target.decode(**fresh(call), intermediate_states=snapshots)
     if t < case.T:
         prefix = fresh(tokens(call, slice(0, t + 1)))
         target.decode(**prefix)
-        assert_same(prefix["state"][live_slots(call)], snapshots[:, t], "state")
+        final = prefix["state"][live_slots(call)]
+        if target.backend != "cute":
+            assert_same(final, snapshots[:, t], "state")
+            return
+        want, peer = (
+            x.states[:, t] for x in (oracle(case.call()), torch_path(case.call(), "cuda"))
+        )
+        for x in (final, snapshots[:, t]):
+            assert_within(vk(x, case), peer.to(case.state), want, "state")
 
 
 @settings(max_examples=examples(0.25))
 @given(case=cases(index=torch.int64), seed=draw.seeds())
 def test_sequences_and_slots_may_be_permuted(target, case, seed):
+    case = target.fit(case)
     call = case.call()
     rows = torch.randperm(case.B, generator=draw.generator(seed))
     slots = torch.randperm(case.slots(), generator=draw.generator(seed + 1))
@@ -66,6 +87,7 @@ def test_sequences_and_slots_may_be_permuted(target, case, seed):
 @settings(max_examples=examples(0.25))
 @given(case=cases(B=3, T=2), seed=draw.seeds())
 def test_a_row_has_the_same_bits_in_any_batch(target, case, seed):
+    case = target.fit(case)
     call = target.put(case.call())
     call.setdefault("state_indices", target.put(torch.arange(3)))
     out = target.decode(**fresh(call))
@@ -77,6 +99,7 @@ def test_a_row_has_the_same_bits_in_any_batch(target, case, seed):
 @settings(max_examples=examples(0.25))
 @given(case=cases(B=2, T=2))
 def test_a_head_of_v_uses_its_share_of_q_and_k(target, case):
+    case = target.fit(case)
     call = target.put(case.call())
     group = case.shape[1] // case.shape[0]
     wide = fresh(call) | {n: call[n].repeat_interleave(group, 2) for n in ("q", "k")}
@@ -88,6 +111,7 @@ def test_a_head_of_v_uses_its_share_of_q_and_k(target, case):
 @given(case=cases(B=2, T=2), pad=st.sampled_from((8, 16)))
 def test_views_are_used_as_they_are(target, case, pad):
     """q, k, v cut from one tensor; a pool with gaps, heads outermost; out inside a larger one."""
+    case = target.fit(case)
     call = target.put(case.call())
     HQ, HV, DK, DV = case.shape
     B, T, P = case.B, case.T, case.slots()
@@ -115,6 +139,7 @@ def test_views_are_used_as_they_are(target, case, pad):
 @settings(max_examples=examples(0.2))
 @given(case=cases(raw=True))
 def test_strided_gates_and_parameters(target, case):
+    case = target.fit(case)
     call = target.put(case.call())
     other = fresh(call)
     for name in ("a", "b"):
@@ -128,6 +153,7 @@ def test_strided_gates_and_parameters(target, case):
 @settings(max_examples=examples(0.2))
 @given(case=cases(index=torch.int32))
 def test_int64_indices_name_the_same_slots(target, case):
+    case = target.fit(case)
     call = target.put(case.call())
     other = fresh(call) | {"state_indices": call["state_indices"].repeat(2)[: case.B].long()}
     assert_same(target.decode(**other), target.decode(**call))
@@ -137,6 +163,7 @@ def test_int64_indices_name_the_same_slots(target, case):
 @settings(max_examples=examples(0.2))
 @given(case=cases(raw=True, B=1, T=2), seed=draw.seeds())
 def test_extreme_gates_stay_finite(target, case, seed):
+    case = target.fit(case)
     call = case.call()
     g = draw.generator(seed)
     for name, extremes in (

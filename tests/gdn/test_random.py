@@ -11,6 +11,7 @@ from tests.strategies import examples
 
 
 def check(target, case: Case) -> None:
+    case = target.fit(case)
     call = case.call()
     want, peer = oracle(call), torch_path(call, target.device)
     call = target.put(call)

@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cutemoe
-from cutemoe.gdn import api, cute_plan
-from cutemoe.runtime.device import Device
+from cutemoe.gdn import api
 from tests import strategies as draw
 from tests.close import assert_same
-from tests.gdn.cases import Case, cases
+from tests.gdn.cases import NATIVE, Case, cases
 from tests.poison import Poison, kept
 from tests.strategies import examples
 
@@ -37,6 +36,7 @@ def targets(case: Case, call: dict, seed: int) -> torch.Tensor:
     seed=draw.seeds(),
 )
 def test_states_go_to_their_slots_and_nowhere_else(target, case, update, kind, seed):
+    case = target.fit(case)
     call = target.put(case.call())
     to = targets(case, call, seed)
     live = torch.rand(case.B, generator=draw.generator(seed + 1)) < 0.7
@@ -116,13 +116,26 @@ def test_not_beside_intermediate_states():
         cutemoe.gdn_decode(**call, intermediate_indices=to, intermediate_states=case.snapshots())
 
 
-def test_cute_says_that_it_cannot():
-    """The next back end takes the call."""
-    case = Case(B=1, T=2, shape=(1, 2, 64, 64))
-    call = case.call() | {"intermediate_indices": torch.tensor([[1, 2]])}
-    reasons = str(cutemoe.explain("gdn_decode", **call))
-    assert "reference" in reasons
-    problem, _, _ = api._describe_decode(**call)
-    assert problem.scattered
-    device = Device.of(torch.device("cpu"))
-    assert cute_plan.refuse(problem, device) == "no intermediate_indices"
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", NATIVE, ids=str)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["vk", "kv"])
+@pytest.mark.parametrize("T", [1, 3, 8, 11])
+def test_head_sizes_of_real_models(target, shape, state, layout, T):
+    """Every token's slot holds what intermediate_states does, the slots of nobody what they did."""
+    if target.device == "cpu":
+        pytest.skip("minutes in the interpreter")
+    case = Case(3, T, shape, torch.bfloat16, state, layout, spare=3 * T + 2)
+    call = target.put(case.call())
+    to = targets(case, call, T)
+    want, states = call["state"].clone(), target.put(case.snapshots())
+    out = target.decode(
+        **call | {"state": want.clone()}, intermediate_states=states, update_state=False
+    )
+    for b in range(3):
+        for t in range(T):
+            if 0 <= to[b, t] < case.slots():
+                want[int(to[b, t])] = states[b, t]
+    got = target.decode(**call, intermediate_indices=target.put(to.long()), update_state=False)
+    assert_same(got, out)
+    assert_same(call["state"], want, "state")

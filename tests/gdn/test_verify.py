@@ -83,6 +83,7 @@ ROWS = ("q", "k", "v", "a", "b", "g", "beta", "state_indices")
     seed=draw.seeds(),
 )
 def test_states_have_the_bits_of_decoding(target, case, rounds, compact, kind, seed):
+    case = target.fit(case)
     twin = Twin(target, case, 3, case.dtype if compact else torch.float32)
     g = draw.generator(seed)
 
@@ -131,6 +132,7 @@ def test_many_rounds_of_a_real_batch(target, state, layout):
 @given(case=cases(index=torch.int32, T=1, B=3), seed=draw.seeds())
 def test_padding_touches_nothing(target, case, seed):
     """Two rounds in which rows come and go: a padding row keeps its state and its window."""
+    case = target.fit(case)
     call = target.put(case.call())
     live = torch.rand(3, generator=draw.generator(seed)) < 0.5
     padding = torch.tensor([-1, -5, case.slots()], dtype=torch.int32)
