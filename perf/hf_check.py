@@ -20,7 +20,6 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,62 +27,11 @@ from typing import Any
 import machine
 import torch
 import transformers
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from hf_case import build
 
 from cutemoe.integrations import hf
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-GPT_OSS_20B = {
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-}
-GPT_OSS_TINY = {
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "initializer_range": 0.1,
-}
-QWEN3_NEXT_TINY = {
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "initializer_range": 0.1,
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A model family: its classes, and what its configuration adds to the defaults.
-
-    Qwen3NextConfig's defaults are the sizes of Qwen3-Next-80B-A3B.
-    """
-
-    config: Callable[..., Any]
-    model: Any
-    real: dict[str, Any]
-    tiny: dict[str, Any]
-
-
-KINDS = {
-    "gpt_oss": Kind(GptOssConfig, GptOssForCausalLM, GPT_OSS_20B, GPT_OSS_TINY),
-    "qwen3_next": Kind(Qwen3NextConfig, Qwen3NextForCausalLM, {}, QWEN3_NEXT_TINY),
-}
 
 
 @dataclass(frozen=True)
@@ -136,26 +84,10 @@ class Report:
                 f.write(text + "\n")
 
 
-def build(name: str, seed: int, dtype: torch.dtype, args: argparse.Namespace) -> Any:
-    """A random model on the device; transformers zeroes gpt-oss's biases, this does not."""
-    kind = KINDS[name]
-    sizes = dict(kind.tiny if args.tiny else kind.real)
-    if name == "qwen3_next":
-        # every fourth layer is attention; transformers needs one at least
-        every = min(4, args.layers)
-        kinds = ("linear_attention", "full_attention")
-        sizes["layer_types"] = [kinds[(i + 1) % every == 0] for i in range(args.layers)]
-    config = kind.config(
-        vocab_size=args.vocabulary, num_hidden_layers=args.layers, use_cache=True, **sizes
-    )
-    torch.manual_seed(seed)
-    with torch.device(args.device):
-        model = kind.model._from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter, p in model.named_parameters():
-            if parameter.endswith(("gate_up_proj_bias", "down_proj_bias")):
-                p.normal_(std=0.3)
-    return model.eval().requires_grad_(False)
+def sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """What `build` is asked for."""
+    names = ("layers", "vocabulary", "device", "tiny")
+    return {name: getattr(args, name) for name in names}
 
 
 def prompts(seed: int, batch: int, args: argparse.Namespace) -> torch.Tensor:
@@ -322,7 +254,7 @@ def usable(model: Any, ids: torch.Tensor) -> Any:
 def check_dense(report: Report, name: str, key: str, seed: int, args: argparse.Namespace) -> None:
     """Compares one dense model with itself on cutemoe."""
     ids, dtype = prompts(seed, args.batch, args), DTYPES[key]
-    model = usable(build(name, seed, dtype, args), ids)
+    model = usable(build(name, seed, dtype, **sizes(args)), ids)
     what = {"model": name, "weights": f"dense {key}", "layers": args.layers, "seed": seed}
     own = model.get_experts_implementation()[""]
     timed = seed == 0 and key == "bf16"
@@ -345,7 +277,7 @@ def check_dense(report: Report, name: str, key: str, seed: int, args: argparse.N
 def check_quantized(report: Report, name: str, form: str, args: argparse.Namespace) -> None:
     """Compares a quantized model with transformers on its dequantized weights."""
     ids, dtype = prompts(0, args.batch, args), torch.bfloat16
-    model = build(name, 0, dtype, args)
+    model = build(name, 0, dtype, **sizes(args))
     what = {"model": name, "weights": form, "layers": args.layers, "seed": 0}
     before = model.get_memory_footprint()
     synchronize()
