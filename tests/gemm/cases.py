@@ -64,13 +64,14 @@ def out_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
 
 
-# bits of a sum that tensor cores keep: wgmma of fp8 aligns products to the largest of them
-BITS = {"bf16": 24, "fp16": 24, "fp8": 12}
+def sum_bits(target: Target, kind: str) -> int:
+    """Bits of a sum that are kept: wgmma of fp8 aligns products to the largest of them."""
+    return 12 if (target.backend, kind) == ("cute", "fp8") else 24
 
 
-def exact_x(rows: int, k: int, kind: str, seed: int) -> torch.Tensor:
-    """Integers up to 8; in fp8 up to 1, so that sums fit BITS."""
-    return draw.integers((rows, k), seed, 1 if kind == "fp8" else 8, torch.float32).to(X[kind])
+def exact_x(rows: int, k: int, kind: str, seed: int, most: int = 8) -> torch.Tensor:
+    """Integers up to `most`."""
+    return draw.integers((rows, k), seed, most, torch.float32).to(X[kind])
 
 
 def call(

