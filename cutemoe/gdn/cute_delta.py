@@ -26,8 +26,8 @@ Final states: a call without states between takes all its tokens in at once, one
 token, so the last bits of the final state differ between the two; outputs do not.
 
 Measured on an H200, 2026-11-27, HV=32, HQ=16, D=128, float32 states, us at B = 16 / 64 / 256:
-update T=1 20.7/72.2/279, verify T=8 14.0/42.9/161 with nothing
-folded, 28.9/100/375 with everything folded. perf/notes/gdn.md has what was tried and why.
+update T=1 20.6/72.9/282, verify T=8 14.4/43.3/159 with nothing folded, 29.3/101/374 with everything
+folded. perf/notes/gdn.md has what was tried and why.
 
 Rejected, in us at B=64: k, q and coefficients in shared memory, the Gram matrix split over the
 warps, three barriers a tile (T=8, output only: 85); the state as A operand (a move for every

@@ -68,18 +68,12 @@ def refuse(problem: Problem, device: Device) -> str | None:
 def configure(problem: Problem, device: Device) -> Config:
     """The configuration, but for the dtypes and alignments that only the tensors show.
 
-    A cap of 128 registers, 16 warps an SM, helps verification of many rows of 16-bit states alone:
-    with nothing folded 30 and 112 us with it, 32 and 114 us without (H200, HV=32, T=8, B=64 and
-    256). The state in float32 takes 64 registers and spills then: 47 and 172 us with the cap, 43
-    and 161 us without, all folded 104 and 398 against 100 and 375 us. Left alone, ptxas spills
-    two words for sm_80 to fit 12 warps; asked for 8, it does not.
+    Registers are left to ptxas. A cap of 128, 16 warps an SM, costs time in verification of many
+    rows (H200, HV=32, T=8, B=64 and 256, nothing folded: float32 states 47 and 172 us with it, 43
+    and 161 us without; bfloat16 41 and 145 us with it, 32 and 115 us without). For sm_80 ptxas
+    spills two words to fit 12 warps; asked for 8, it does not.
     """
     p = problem
-    rows = p.B * p.HV * p.DV
-    many = device.arch == 90 and rows > 16 * 12 * device.sm_count and p.state != "float32"
-    cap = 0
-    if p.window is not None and p.T > 0:
-        cap = 16 if many else 8 * (device.arch < 90)
     tile = 4 if p.T <= 4 or p.dtype == "float32" else 8
     warps = next((w for w in (4, 2, 1) if p.DV % (16 * w) == 0), 4)
     return Config(
@@ -87,7 +81,7 @@ def configure(problem: Problem, device: Device) -> Config:
         tile=tile,
         loop=p.T == 0 or tile < p.T,
         warps=warps,
-        blocks=cap // warps,
+        blocks=8 // warps if device.arch < 90 and p.window is not None and p.T > 0 else 0,
         io=p.dtype,
         state=p.state,
         layout=p.layout,

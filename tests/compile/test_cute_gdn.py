@@ -64,11 +64,7 @@ def configuration(kind: str, arch: str = "sm_90a") -> Config:
 def test_compiles_into_registers_and_tensor_cores(kind, arch):
     config = configuration(kind, arch)
     c = worker().ask(BUILD, config, arch)
-    # a cap on registers is the one thing that may spill, where it measured faster
-    assert (
-        c["local_bytes"] <= (128 if config.blocks * config.warps > 8 else 0)
-        and c["registers"] <= 255
-    )
+    assert c["local_bytes"] == 0 and c["registers"] <= 255
     if kind != "flush":
         assert re.search(r"^(@!?U?P\w+ )?HMMA", c["sass"], re.MULTILINE)
     assert not re.search(r"\b(BAR|LDS|STS)\b", c["sass"])

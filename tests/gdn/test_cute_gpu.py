@@ -43,7 +43,7 @@ def test_tensors_off_every_boundary_give_the_same_bits(layout, state):
 @pytest.mark.parametrize("T", [1, 4, 7])
 @pytest.mark.parametrize("B", [450, 1201])
 def test_a_call_of_many_sequences_is_calls_of_a_few(B, T, state):
-    """Some of them padding; more than a wave of CTAs and another configuration than calls of 50."""
+    """Some of them padding, and more than a wave of CTAs; calls of 50 are the measure."""
     case = Case(B, T, (2, 4, 64, 64), torch.bfloat16, state, spare=3)
     call = CUTE.put(case.call())
     g = torch.Generator().manual_seed(B + T)
