@@ -108,8 +108,9 @@ class Hook:
         return (((), ()), ((), ()))
 
     def scales(self, words):
-        """Scale words of a unit -> for every group that begins in it Float32 of g and g + 8."""
-        raise NotImplementedError
+        """Scale words of a unit -> for every group that begins in it Float32 of g and g + 8; none
+        where the weights are scaled."""
+        return ()
 
     def decode(self, word, operands, h):
         """Codes of 32 columns of row g + 8 h -> words of its fragments, in the order of k."""

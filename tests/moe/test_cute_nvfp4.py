@@ -344,6 +344,17 @@ def direct(layer, args, style, ctas, *, space=None, out=None, activation=SATURAT
 STYLED = [("static", 0), ("static", 3), ("dynamic", 0), ("dynamic", 5)]
 
 
+def assert_repeats(layer, args, style, ctas, want):
+    """Three calls in one workspace, poisoned before the first, give the bits of `want`."""
+    tokens, top_k = args[1].shape
+    with Poison("cuda") as poison:
+        size = cutemoe.Workspace.for_moe(layer.prepared(GPU), tokens, top_k).nbytes
+        space = cutemoe.Workspace(poison.empty((size,), torch.uint8))
+        out = poison.empty(want.shape, want.dtype)
+        for _ in range(3):
+            assert_same(direct(layer, args, style, ctas, space=space, out=out), want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("style", "ctas"), STYLED)
 @pytest.mark.parametrize("pattern", draw.PATTERNS)
@@ -353,12 +364,7 @@ def test_one_launch_gives_the_bits_of_the_pipeline(style, ctas, pattern, tokens)
     r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
     args = GPU.put((draw.normal((tokens, 544), 7, torch.bfloat16), r.ids(), r.weights()))
     want = direct(layer, args, "pipeline", 0)
-    with Poison("cuda") as poison:
-        size = cutemoe.Workspace.for_moe(layer.prepared(GPU), tokens, 3).nbytes
-        space = cutemoe.Workspace(poison.empty((size,), torch.uint8))
-        out = poison.empty(want.shape, want.dtype)
-        for _ in range(3):
-            assert_same(direct(layer, args, style, ctas, space=space, out=out), want)
+    assert_repeats(layer, args, style, ctas, want)
 
 
 @pytest.mark.gpu
@@ -378,12 +384,7 @@ def test_y_in_parts_gives_the_bits_of_a_whole_y(monkeypatch, style, pattern, tok
     cute_nvfp4_launch._layout.cache_clear()
     # ten parts, the last of 48 columns
     assert workspace.y_parts(tokens * 3, 1200) == (2, 128)
-    with Poison("cuda") as poison:
-        size = cutemoe.Workspace.for_moe(layer.prepared(GPU), tokens, 3).nbytes
-        space = cutemoe.Workspace(poison.empty((size,), torch.uint8))
-        out = poison.empty(want.shape, want.dtype)
-        for _ in range(3):
-            assert_same(direct(layer, args, style, ctas, space=space, out=out), want)
+    assert_repeats(layer, args, style, ctas, want)
     cute_nvfp4_launch._layout.cache_clear()
 
 
