@@ -13,13 +13,15 @@ token to token; for the same reason the output is S' q + u (k q) with S' the dec
 
 Every multiply-add is written as one, the compiler may fuse no other, and sums are taken in the
 lanes that hold the state or in integers: a state has the same bits from either kernel, any tile
-and any batch, which is what makes folding recorded tokens the same as decoding them.
+and any batch, which is what makes folding recorded tokens the same as decoding them. The bits do
+depend on which of the two sums it is, and so on whether strides are multiples of 16 elements.
 
 H200, 2026-11-21, HV=32, HQ=16, D=128, float32 states, T=4, us at B = 1 / 16 / 64: snapshots
 6.5 / 47 / 179 (streaming roof 4.2 / 44 / 174), update 6.0 / 28 / 87 (2.8 / 18.5 / 66), output only
 5.4 / 21 / 63 (2.1 / 10 / 33), measured before the norms had loads of their own (2 % more
 instructions). Without snapshots it is bound by issue, about 40 instructions a row and token.
-Rejected there: 4 and 32 rows a warp, no loads ahead, 8 lanes a row (112 us at B=64).
+Rejected: sums of neighbours by reshape, which no lane order changes (through shared memory, 12
+times the instructions on sm_90); 4 and 32 rows a warp, no loads ahead, 8 lanes a row (112 us at B=64).
 """
 
 from typing import NamedTuple

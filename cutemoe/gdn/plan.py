@@ -17,8 +17,9 @@ MAX_HEAD = 512
 class GDNConfig:
     """The tile of one program, a warp: rows of a state, cut into chunks of columns.
 
-    The lanes on a row, and so the order of every sum, depend on DK, the dtype of the state and the
-    layout alone: rows have the same bits whatever the batch and the number of rows in a tile.
+    The lanes on a row, and so the order of every sum, depend on DK, the dtype of the state, the
+    layout and the alignment of rows alone: rows have the same bits whatever the batch and the
+    number of rows in a tile.
 
     Attributes:
         block_v: rows of a tile.

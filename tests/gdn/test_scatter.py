@@ -52,7 +52,7 @@ def test_states_go_to_their_slots_and_nowhere_else(target, case, update, kind, s
     with Poison(target.device) as poison:
         n, m = case.rows()
         HV, slots = case.shape[1], case.slots()
-        strides = (HV * n * m + 8, n * m, m, 1)
+        strides = (HV * n * m + 16, n * m, m, 1)
         state = poison.empty((slots, HV, n, m), case.state, strides=strides, name="state")
         state.copy_(call["state"])
         out = poison.empty(call["v"].shape, case.dtype, name="out")
