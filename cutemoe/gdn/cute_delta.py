@@ -51,7 +51,7 @@ NORM_EPS = 1e-6
 class GatedDelta(Rows):
     """The kernel for one Config."""
 
-    GROUP = 4
+    GROUP = 2
 
     @cute.jit
     def __call__(
@@ -319,7 +319,8 @@ class GatedDelta(Rows):
         for e in range(2):
             x = self.number(rX[0], 2 * p + e, ch)
             if not self.exact:
-                rA[2 * e], rA[2 * e + 1] = self.high(x), x - self.high(x)
+                rA[2 * e] = self.high(x)
+                rA[2 * e + 1] = self.low(x, rA[2 * e])
             else:
                 rA[2 * e] = x
                 rA[2 * e + 1] = Float32(0)

@@ -50,3 +50,14 @@ def test_head_sizes_of_real_models(target, shape, state, T, dtype, raw):
 @pytest.mark.parametrize("T", [8, 9, 17])
 def test_many_tokens(target, layout, T):
     check(target, Case(B=1, T=T, shape=(1, 1, 8, 4), layout=layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["vk", "kv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 16, 128, 128), (2, 8, 64, 128)], ids=str)
+def test_the_worst_of_many_elements(target, shape, dtype, layout):
+    """A call large enough to show the tail of the errors, without norms that keep sums small."""
+    if target.device == "cpu":
+        pytest.skip("minutes in the interpreter")
+    check(target, Case(B=8, T=8, shape=shape, dtype=dtype, layout=layout, l2norm=False))
