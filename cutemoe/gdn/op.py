@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from cutemoe.gdn import plan
 from cutemoe.gdn.problem import Problem
 from cutemoe.gdn.tensors import DraftTensors, GDNTensors
-from cutemoe.runtime.backend import choose
+from cutemoe.runtime.backend import Backend, choose
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import define
 
@@ -36,21 +38,38 @@ def decode_problem(
     )  # fmt: skip
 
 
-def _decode(
+def _prepared(
+    name: str, back_ends: tuple[Backend, ...], problem: Problem, x: GDNTensors, backend: str
+) -> tuple[Backend, Problem, Device, GDNTensors]:
+    """The back end of a call, and what it takes."""
+    device = Device.of(x.q.device)
+    return choose(name, back_ends, problem, device, backend), problem, device, x
+
+
+def _prepared_decode(
     q, k, v, gates, state, state_indices, intermediate_states, out, scale, qk_l2norm, update_state,
     state_layout, intermediate_indices, backend,
-) -> None:  # fmt: skip
-    problem = Problem.of_decode(
-        q, k, v, gates, state, state_indices, intermediate_states, out, qk_l2norm, update_state,
-        state_layout, intermediate_indices,
+) -> tuple[Backend, Problem, Device, GDNTensors]:  # fmt: skip
+    problem = decode_problem(
+        q, k, v, gates, state, state_indices, intermediate_states, out, scale, qk_l2norm,
+        update_state, state_layout, intermediate_indices, backend,
     )  # fmt: skip
-    device = Device.of(q.device)
-    chosen = choose("gdn_decode", plan.DECODE, problem, device, backend)
     tensors = GDNTensors(
         q, k, v, tuple(gates), state, out, scale, state_indices, intermediate_states,
         intermediate_indices=intermediate_indices,
     )  # fmt: skip
-    chosen.run(problem, device, tensors)
+    return _prepared("gdn_decode", plan.DECODE, problem, tensors, backend)
+
+
+def _decode(*call) -> None:
+    chosen, problem, device, x = _prepared_decode(*call)
+    chosen.run(problem, device, x)
+
+
+def bind_decode(*call) -> Callable[[GDNTensors], None]:
+    """The launch of calls that differ from this one by addresses alone."""
+    chosen, problem, device, x = _prepared_decode(*call)
+    return chosen.bound(problem, device, x)
 
 
 def _decode_fake(*args) -> None:
@@ -68,21 +87,30 @@ def verify_problem(
     )  # fmt: skip
 
 
-def _verify(
+def _prepared_verify(
     q, k, v, gates, state, u, k_record, k_rnorm, log_g, mark, num_accepted, state_indices, out,
     scale, qk_l2norm, state_layout, backend,
-) -> None:  # fmt: skip
-    problem = Problem.of_verify(
-        q, k, v, gates, state, (u, k_record, k_rnorm, log_g, mark), num_accepted, state_indices,
-        out, qk_l2norm, state_layout,
+) -> tuple[Backend, Problem, Device, GDNTensors]:  # fmt: skip
+    problem = verify_problem(
+        q, k, v, gates, state, u, k_record, k_rnorm, log_g, mark, num_accepted, state_indices, out,
+        scale, qk_l2norm, state_layout, backend,
     )  # fmt: skip
-    device = Device.of(q.device)
-    chosen = choose("gdn_verify", plan.VERIFY, problem, device, backend)
     tensors = GDNTensors(
         q, k, v, tuple(gates), state, out, scale, state_indices,
         draft=DraftTensors(u, k_record, k_rnorm, log_g, mark), num_accepted=num_accepted,
     )  # fmt: skip
-    chosen.run(problem, device, tensors)
+    return _prepared("gdn_verify", plan.VERIFY, problem, tensors, backend)
+
+
+def _verify(*call) -> None:
+    chosen, problem, device, x = _prepared_verify(*call)
+    chosen.run(problem, device, x)
+
+
+def bind_verify(*call) -> Callable[[GDNTensors], None]:
+    """The launch of calls that differ from this one by addresses alone."""
+    chosen, problem, device, x = _prepared_verify(*call)
+    return chosen.bound(problem, device, x)
 
 
 def _verify_fake(*args) -> None:

@@ -68,8 +68,9 @@ def _power_of_2(n: int) -> int:
 
 
 CUTE = Backend(
-    "cute", "cutemoe.gdn.cute_launch:run", cute_unavailable, cute_plan.refuse, cute_plan.configure
-)
+    "cute", "cutemoe.gdn.cute_launch:run", cute_unavailable, cute_plan.refuse, cute_plan.configure,
+    bind="cutemoe.gdn.cute_launch:bind",
+)  # fmt: skip
 DECODE = (
     CUTE,
     Backend("triton", "cutemoe.triton_kernels.gdn:run", triton_unavailable, refuse_triton,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True, eq=False)
-class DraftTensors:
+class DraftTensors(NamedTuple):
     """The record of an open window; see `GDNDraft`."""
 
     u: torch.Tensor
@@ -18,8 +17,7 @@ class DraftTensors:
     mark: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class GDNTensors:
+class GDNTensors(NamedTuple):
     """Tensors and run-time numbers of a call.
 
     Attributes:

@@ -11,7 +11,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from cutemoe.errors import Unsupported, invalid
@@ -36,6 +36,8 @@ class Backend:
         configure: the configuration for a problem; None where there is nothing to choose.
         tuning: how configurations are searched; None where there is no search.
         variant: only for those who name it; neither chosen nor listed otherwise.
+        bind: "module:function" of bind(problem, config, tensors), a function that runs on other
+            tensors of the same signature (`runtime.recall`); without, `entry` does.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Backend:
     configure: Callable[[Problem, Device], Any] | None = None
     variant: bool = False
     tuning: Tuning | None = None
+    bind: str = ""
 
     def reason(self, problem: Problem, device: Device) -> str | None:
         """Why this back end does not run the problem on the device, or None."""
@@ -68,6 +71,12 @@ class Backend:
             self.load()(problem, self.config(problem, device), tensors)
         except NotCompiled as e:
             raise e.during(problem, device) from None
+
+    def bound(self, problem: Problem, device: Device, tensors: Any) -> Callable[[Any], None]:
+        """A function that runs the problem on tensors that differ from these by address alone."""
+        if not self.bind:
+            return partial(self.run, problem, device)
+        return _load(self.bind)(problem, self.config(problem, device), tensors)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""Calls that were checked before: launched again without checking them again.
+
+The checks of a call, the choice of its back end and the way through torch's dispatcher are 50 to
+100 us of Python. What they depend on is the signature of the call: every argument, and of a tensor
+all but its address. It is compared by torch's tensor guards, in C++, at 0.1 us a tensor (two CPU
+cores, 2026-11, torch 2.13); a tuple of the same facts made in Python costs 0.7.
+
+Decision: a recalled call goes around torch.library. So calls that something watches are not
+recalled: while torch.compile traces, under a dispatch mode (fake tensors, `opcheck`), in a
+transform, or with a profiler, which shows the operator by its name. Addresses that are multiples of
+16 bytes are alike for every kernel; calls with others are checked each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from cutemoe.runtime import settings
+from cutemoe.runtime.device import target
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # private to torch: without it every call is checked
+    TensorGuards: Any = None
+
+Launch = Callable[[Any], None]
+ALIGNMENT = 16
+DEVICES = ("cuda",)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled  # pyright: ignore
+
+
+class _Known(NamedTuple):
+    same: Callable[..., bool]
+    device: int
+    backend: str
+    launch: Launch
+
+
+class Recall:
+    """Launches of one public function, by signature."""
+
+    def __init__(self, size: int = 1024) -> None:
+        """Keeps the last `size` signatures; tensors are not kept."""
+        self._size = size
+        self._known: dict[Hashable, _Known] = {}
+
+    def find(self, words: Hashable, tensors: Sequence[Any]) -> Launch | None:
+        """The launch of a call like this one, or None where it has to be checked.
+
+        Args:
+            words: every argument that is no tensor, the types of those that equal another's, which
+                optional tensors are None, and the shape of one tensor, so that batches of several
+                sizes are all known.
+            tensors: the others, in one order.
+        """
+        try:
+            known = self._known.get(words)
+        except TypeError:  # an argument that cannot be hashed: the checks will name it
+            return None
+        if known is None or not known.same(*tensors):
+            return None
+        address = 0
+        for t in tensors:
+            address |= t.data_ptr()
+        if (
+            address % ALIGNMENT
+            or _current_device() != known.device
+            or settings.default_backend() != known.backend
+            or _watched()
+        ):
+            return None
+        return known.launch
+
+    def keep(
+        self, words: Hashable, tensors: Sequence[Any], bind: Callable[[], Launch | None]
+    ) -> None:
+        """Remembers a call that was just made; `bind` makes its launch."""
+        if TensorGuards is None or _watched() or target() is not None:
+            return
+        first = tensors[0]
+        for t in tensors:
+            if type(t) is not torch.Tensor or t.device != first.device or t.requires_grad:
+                return
+            if t.device.type not in DEVICES or t.data_ptr() % ALIGNMENT:
+                return
+        launch = bind()
+        if launch is None:
+            return
+        same = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        ).check
+        if len(self._known) >= self._size:
+            del self._known[next(iter(self._known))]
+        self._known[words] = _Known(same, first.device.index, settings.default_backend(), launch)
+
+    def forget(self) -> None:
+        """Every call is checked again."""
+        self._known.clear()
+
+
+def _watched() -> bool:
+    return bool(torch._C._len_torch_dispatch_stack() or _profiled())
