@@ -109,4 +109,4 @@ def test_rows_too_far_apart_are_unsupported():
     x = tensors()
     far = torch.empty_strided((2, 3, 1, 128), (0, 1 << 30, 0, 1), device="meta")
     with pytest.raises(cutemoe.Unsupported, match="q: back end 'cute'"):
-        _check_reach(replace(x, q=far))
+        _check_reach(x._replace(q=far))
