@@ -55,9 +55,9 @@ def combine(
     """out [T, H] from y float32 [T * K, H] in slot order, ids and weights [T, K]."""
     tokens, hidden = out.shape
     # all slots of a block are in flight together
-    most = 8192 // triton.next_power_of_2(max(8, ids.shape[1]))
-    block = min(512 if tokens <= 32 else 1024, most, max(16, triton.next_power_of_2(hidden)))
-    combine_slots[(tokens * triton.cdiv(hidden, block),)](
+    most = 8192 // launch.power_of_2(max(8, ids.shape[1]))
+    block = min(512 if tokens <= 32 else 1024, most, max(16, launch.power_of_2(hidden)))
+    combine_slots[(tokens * -(-hidden // block),)](
         y,
         ids,
         weights,

@@ -21,7 +21,8 @@ H200, 2026-11-21, HV=32, HQ=16, D=128, float32 states, T=4, us at B = 1 / 16 / 6
 5.4 / 21 / 63 (2.1 / 10 / 33), measured before the norms had loads of their own (2 % more
 instructions). Without snapshots it is bound by issue, about 40 instructions a row and token.
 Rejected: sums of neighbours by reshape, which no lane order changes (through shared memory, 12
-times the instructions on sm_90); 4 and 32 rows a warp, no loads ahead, 8 lanes a row (112 us at B=64).
+times the instructions on sm_90); 4 and 32 rows a warp, no loads ahead, 8 lanes a row (112 us at
+B=64).
 """
 
 from typing import NamedTuple

@@ -185,8 +185,8 @@ def quantize(
         FORMAT=format,
         DIVIDE=divide,
         SORTED=start is not None,
-        BINS=max(2, triton.next_power_of_2(experts)),
-        BLOCK=max(16, min(2048, triton.next_power_of_2(width))),
+        BINS=max(2, launch.power_of_2(experts)),
+        BLOCK=max(16, min(2048, launch.power_of_2(width))),
         **launch.options(4),
     )
 
@@ -194,8 +194,8 @@ def quantize(
 def widen(x: torch.Tensor, out: torch.Tensor) -> None:
     """float8_e4m3fn [rows, W], last dimension contiguous -> bf16 [rows, W]."""
     rows, width = out.shape
-    block = max(16, min(1024, triton.next_power_of_2(width)))
-    widen_e4m3[(rows * triton.cdiv(width, block),)](
+    block = max(16, min(1024, launch.power_of_2(width)))
+    widen_e4m3[(rows * -(-width // block),)](
         x.view(torch.uint8),
         out,
         x.stride(0),

@@ -137,7 +137,7 @@ def run(problem: RouteProblem, config: "RouteConfig", t: RouteTensors) -> None:
     """The Triton back end of `route`."""
     if problem.tokens == 0:
         return
-    route_tokens[(triton.cdiv(problem.tokens, config.block_t),)](
+    route_tokens[(-(-problem.tokens // config.block_t),)](
         t.logits,
         t.bias,
         t.ids,
@@ -153,6 +153,6 @@ def run(problem: RouteProblem, config: "RouteConfig", t: RouteTensors) -> None:
         TOPK_GROUP=problem.topk_group,
         BLOCK_T=config.block_t,
         BLOCK_E=max(16, config.block_e),
-        BLOCK_K=triton.next_power_of_2(problem.top_k),
+        BLOCK_K=launch.power_of_2(problem.top_k),
         **launch.options(config.warps),
     )

@@ -219,7 +219,7 @@ def sort(
     """
     sorted_slots, expert_start, tiles, tile_count = rows
     total, top_k = ids.numel(), ids.shape[1]
-    bins = max(2, triton.next_power_of_2(experts))
+    bins = max(2, launch.power_of_2(experts))
     if total <= _FEW:
         sort_slots[(experts,)](
             ids,
@@ -233,13 +233,13 @@ def sort(
             expert_offset,
             experts,
             TILE=tile,
-            BLOCK=max(64, triton.next_power_of_2(total)),
+            BLOCK=max(64, launch.power_of_2(total)),
             BINS=bins,
             **launch.options(4),
         )
         return
-    steps = triton.cdiv(total, _STEP * _CHUNKS)
-    chunks = triton.cdiv(total, _STEP * steps)
+    steps = -(-total // (_STEP * _CHUNKS))
+    chunks = -(-total // (_STEP * steps))
     counts = scratch.view(-1).view(torch.int32)[: chunks * experts]
     numbers = (total, top_k, expert_offset, experts, steps)
     count_chunks[(chunks,)](
@@ -283,6 +283,6 @@ def sort_groups(
         rows,
         groups,
         TILE=tile,
-        BINS=triton.next_power_of_2(groups + 1),
+        BINS=launch.power_of_2(groups + 1),
         **launch.options(4),
     )

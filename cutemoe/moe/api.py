@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.tensors import MoETensors
 from cutemoe.moe.workspace import Workspace
 from cutemoe.runtime.op import Op
+from cutemoe.runtime.recall import Recall
 
 __all__ = ["FUSED_MOE", "ROUTE", "fused_moe", "prepare_moe", "route"]
+
+_KNOWN = Recall()
 
 
 def route(
@@ -174,8 +178,16 @@ def fused_moe(
     """
     _check_options(expert_offset, deterministic, backend)
     t, requested = _tensors(x, moe, ids, weights, activation, out, workspace, backend)
-    flat = operator.operands(t, moe)
-    operator.fused_moe(*flat, kind(activation), expert_offset, deterministic, requested)
+    call = (*operator.operands(t, moe), kind(activation), expert_offset, deterministic, requested)
+    if torch.compiler.is_compiling():
+        operator.fused_moe(*call)
+        return t.out
+    words, tensors = operator.signature(call)
+    if launch := _KNOWN.find(words, tensors):
+        launch(t)
+    else:
+        operator.fused_moe(*call)
+        _KNOWN.keep(words, tensors, partial(operator.bind, *call))
     return t.out
 
 

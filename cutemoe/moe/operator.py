@@ -6,6 +6,7 @@ tensors and plain values only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from cutemoe.moe.prepare import PreparedMoE
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.tensors import MoETensors, RouteTensors
-from cutemoe.runtime import backend as back_ends
+from cutemoe.runtime.backend import Backend, choose
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import define
 
@@ -53,7 +54,7 @@ def _run_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *call, backend = args
     problem, t = route_call(*call)
     device = Device.of(t.logits.device)
-    chosen = back_ends.choose("route", ROUTE_BACKENDS, problem, device, backend)
+    chosen = choose("route", ROUTE_BACKENDS, problem, device, backend)
     if problem.tokens:
         chosen.run(problem, device, t)
     return t.ids, t.weights
@@ -141,13 +142,35 @@ def _call(
     return problem, t
 
 
-def _run(*args: Any) -> None:
+def signature(call: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """What `runtime.recall` compares of a call: words and tensors."""
+    x, ids, weights, out, workspace, parts, shape, *words = call
+    tensors = [x, ids, weights, out, *[p for p in parts if p is not None]]
+    if workspace is not None:
+        tensors.append(workspace)
+    absent = [p is None for p in parts]
+    # a batch of tokens at a time; 1, 1.0 and True are one key of a dict
+    return (x.shape, *shape, *words, *map(type, words), workspace is None, *absent), tensors
+
+
+def _prepared(*args: Any) -> tuple[Backend, Problem, Device, MoETensors]:
+    """The back end of a call, and what it takes."""
     *call, backend = args
     problem, t = _call(*call)
     device = Device.of(t.x.device)
-    chosen = back_ends.choose("fused_moe", BACKENDS, problem, device, backend)
+    return choose("fused_moe", BACKENDS, problem, device, backend), problem, device, t
+
+
+def _run(*args: Any) -> None:
+    chosen, problem, device, t = _prepared(*args)
     if problem.tokens:
         chosen.run(problem, device, t)
+
+
+def bind(*args: Any) -> Callable[[MoETensors], None] | None:
+    """The launch of calls that differ from this one by addresses alone; None of no tokens."""
+    chosen, problem, device, t = _prepared(*args)
+    return chosen.bound(problem, device, t) if problem.tokens else None
 
 
 def _fake(*args: Any) -> None:

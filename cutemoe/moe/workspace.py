@@ -27,6 +27,7 @@ I=2048 and 1024 routed rows (128 tokens of 8 slots) has 5.4 MB of scratch; a who
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -107,6 +108,24 @@ def layout(
 
     No part shrinks when tokens or top_k grow.
     """
+    return _layout(
+        tokens, top_k, experts, hidden, intermediate, activations, static_scale, weights, WHOLE_Y
+    )
+
+
+@lru_cache(maxsize=1024)
+def _layout(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    activations: str,
+    static_scale: bool,
+    weights: str,
+    whole_y: int,
+) -> Layout:
+    """`layout`, remembered for what y_bytes reads too."""
     rows = tokens * top_k
     i32, f32, bf16 = torch.int32, torch.float32, torch.bfloat16
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from hypothesis import strategies as st
 
 import cutemoe
 from cutemoe.gdn import api
+from cutemoe.gemm import api as gemm_api
+from cutemoe.moe import api as moe_api
 from cutemoe.runtime import recall
+from tests import strategies as draw
 from tests.gdn.cases import Case, cases
+from tests.moe.cases import random_layer
 from tests.strategies import examples
 
 HAS_GUARDS = recall.TensorGuards is not None
@@ -25,10 +30,11 @@ def on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CPU calls are recalled too, and from an empty memory."""
     monkeypatch.setattr(recall, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(recall, "_current_device", lambda: None)
-    for memory in (api._DECODED, api._VERIFIED):
+    memories = (api._DECODED, api._VERIFIED, moe_api._KNOWN, gemm_api._KNOWN)
+    for memory in memories:
         memory.forget()
     yield
-    for memory in (api._DECODED, api._VERIFIED):
+    for memory in memories:
         memory.forget()
 
 
@@ -147,11 +153,11 @@ def test_a_bad_call_after_a_good_one_is_refused(change: str, out: bool, decoded:
 def test_changed_calls_are_checked(decoded: Counted) -> None:
     """Another shape, stride, dtype, alignment, environment: a first call each."""
     case = Case(B=2, T=2, index=torch.int32, state=torch.float32)
-    call = case.call()
+    call: dict[str, Any] = case.call()
     cutemoe.gdn_decode(**call)
     pool = torch.zeros(case.slots() + 1, *call["state"].shape[1:])
     odd = torch.zeros(call["q"].numel() + 1)[1:].view(call["q"].shape).copy_(call["q"])
-    others = (
+    others: tuple[dict[str, Any], ...] = (
         case.with_(B=1).call(),
         case.with_(T=1).call(),
         call | {"state": pool},
@@ -193,24 +199,76 @@ def test_what_watches_sees_the_operator(decoded: Counted) -> None:
     assert any("cutemoe.gdn_decode" in name for name in seen)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         cutemoe.gdn_decode(**call)
-    assert any(e.name == "cutemoe::gdn_decode" for e in profile.events())
+    assert any(e.name == "cutemoe::gdn_decode" for e in profile.events() or ())
     calls = decoded.calls
     cutemoe.gdn_decode(**call)
     assert decoded.calls == calls
 
 
 def test_compiles_after_it_was_recalled(decoded: Counted) -> None:
-    call = Case(index=torch.int32).call()
+    call: dict[str, Any] = Case(index=torch.int32).call()
     want = cutemoe.gdn_decode(**cloned(call))
     cutemoe.gdn_decode(**cloned(call))
     compiled = torch.compile(cutemoe.gdn_decode, fullgraph=True, backend="eager")
     assert torch.equal(compiled(**cloned(call)), want)
 
 
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "nvfp4"])
+def test_layers_are_recalled(activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another batch, layer, activation or offset is a call of its own; the bits stay."""
+    calls = []
+    real = moe_api.operator.fused_moe
+    monkeypatch.setattr(moe_api.operator, "fused_moe", lambda *a: (calls.append(a), real(*a)))
+    format = "nvfp4" if activations == "nvfp4" else "mxfp4"
+    first, second = (
+        random_layer(format, activations, seed=s, biases=s == 0).prepared() for s in (0, 1)
+    )
+    seen = 0
+    for moe in (first, second):
+        for T in (3, 4):
+            x = draw.normal((T, moe.hidden), T, torch.bfloat16)
+            ids, weights = cutemoe.route(draw.normal((T, 5), T + 1), 2)
+            for activation in (cutemoe.SwiGLU(), cutemoe.SwiGLU(1.702, 1.0, 7.0)):
+                for offset in (0, 1):
+                    options: dict[str, Any] = {
+                        "activation": activation, "expert_offset": offset
+                    }  # fmt: skip
+                    want = cutemoe.fused_moe(x, moe, ids, weights, **options)
+                    seen += 1
+                    assert len(calls) == seen
+                    got = cutemoe.fused_moe(x, moe, ids, weights, **options)
+                    assert len(calls) == seen and torch.equal(got, want)
+    with pytest.raises(cutemoe.InvalidCall, match="expert_offset"):
+        cutemoe.fused_moe(x, second, ids, weights, expert_offset=True)
+    with pytest.raises(cutemoe.InvalidCall, match="weights"):
+        cutemoe.fused_moe(x, second, ids, weights.half())
+
+
+def test_grouped_gemms_are_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = gemm_api._grouped_gemm
+    monkeypatch.setattr(gemm_api, "_grouped_gemm", lambda *a: (calls.append(a), real(*a)))
+    x, offsets = draw.normal((7, 64), 1, torch.bfloat16), torch.tensor([0, 2, 5], dtype=torch.int32)
+    for n, format in enumerate(("mxfp4", "nvfp4", "int4")):
+        kwargs = {"group_size": 32} if format == "int4" else {}
+        w = cutemoe.quantize(draw.normal((2, 48, 64), 2), format, **kwargs)
+        want = cutemoe.grouped_gemm(x, w, offsets)
+        assert torch.equal(cutemoe.grouped_gemm(x, w, offsets), want) and len(calls) == n + 1
+    with pytest.raises(cutemoe.InvalidCall, match="offsets"):
+        cutemoe.grouped_gemm(x, w, offsets.long())
+    before = len(calls)
+    cutemoe.grouped_gemm(x[:5], w, offsets)
+    assert len(calls) == before + 1
+
+
+def _constant(n: int) -> Callable[[Any], Any]:
+    return lambda _: n
+
+
 def test_memory_is_bounded() -> None:
     memory = recall.Recall(size=3)
     x = torch.zeros(4)
     for n in range(5):
-        memory.keep(n, (x,), lambda n=n: lambda _: n)
+        memory.keep(n, (x,), partial(_constant, n))
     found = [memory.find(n, (x,)) for n in range(5)]
     assert [f and f(None) for f in found] == [None, None, 2, 3, 4]

@@ -1,0 +1,129 @@
+"""What a call costs the host: microseconds of Python until it returns, nothing waited for.
+
+`python perf/host_time.py` makes small calls of every op on the GPU, and prints a json line each:
+the median of rounds of 200 calls, of calls that are recalled (`cutemoe/runtime/recall.py`) and of
+calls that are checked, which an address off 16 bytes makes them. torch's own `add_` is the measure
+of a host: they differ by a factor of two and more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import machine
+import torch
+
+import cutemoe
+
+CALLS = 200
+
+
+def microseconds(call: Callable[[], Any], rounds: int, device: torch.device) -> float:
+    """Median of a call that returns at once."""
+    found = []
+    for _ in range(rounds + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        found.append((time.perf_counter() - start) / CALLS * 1e6)
+    return statistics.median(found[1:])
+
+
+def off(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose address is no multiple of 16 bytes, but one of the elements a vector has."""
+    flat = torch.empty(x.numel() + 2, dtype=x.dtype, device=x.device)[2:]
+    return flat.view(x.shape).copy_(x)
+
+
+def gdn(device: torch.device, backend: str) -> Iterator[tuple[str, Callable[[], Any], Any]]:
+    """Decoding of one token and verification of four, 4 sequences, 32 heads of 128."""
+    B, HQ, HV, D = 4, 16, 32, 128
+    for name, T in (("gdn_decode", 1), ("gdn_verify", 4)):
+        bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+        q, k = torch.randn(B, T, HQ, D, **bf16), torch.randn(B, T, HQ, D, **bf16)
+        v, out = torch.randn(B, T, HV, D, **bf16), torch.empty(B, T, HV, D, **bf16)
+        a, b = torch.randn(B, T, HV, **bf16), torch.randn(B, T, HV, **bf16)
+        A_log, dt_bias = torch.randn(HV, device=device), torch.randn(HV, device=device)
+        state = torch.zeros(8, HV, D, D, device=device)
+        slots = torch.arange(B, dtype=torch.int32, device=device)
+        more: dict[str, Any] = {}
+        function: Any = cutemoe.gdn_decode
+        if name == "gdn_verify":
+            function = cutemoe.gdn_verify
+            draft = cutemoe.GDNDraft.allocate(8, T, HQ, HV, D, device=device)
+            more = {"draft": draft, "num_accepted": torch.zeros_like(slots)}
+
+        def call(
+            q=q, k=k, v=v, a=a, b=b, A_log=A_log, dt_bias=dt_bias, state=state, slots=slots,
+            out=out, function=function, more=more,
+        ):  # fmt: skip
+            return function(q, k, v, state=state, a=a, b=b, A_log=A_log, dt_bias=dt_bias,
+                            state_indices=slots, out=out, backend=backend, **more)  # fmt: skip
+
+        yield name, call, partial(call, slots=off(slots))
+
+
+def layer(device: torch.device, backend: str) -> Iterator[tuple[str, Callable[[], Any], Any]]:
+    """A layer of 8 experts with its workspace, and its first GEMM."""
+    T, H, I, E, K = 4, 256, 256, 8, 2  # noqa: E741
+    w13 = cutemoe.quantize(torch.randn(E, 2 * I, H, device=device), "mxfp4")
+    w2 = cutemoe.quantize(torch.randn(E, H, I, device=device), "mxfp4")
+    moe = cutemoe.prepare_moe(w13, w2, backend=backend)
+    x = torch.randn(T, H, dtype=torch.bfloat16, device=device)
+    ids, weights = cutemoe.route(torch.randn(T, E, device=device), K)
+    out = torch.empty_like(x)
+    scratch = cutemoe.Workspace.for_moe(moe, T, K)
+
+    def fused(ids=ids):
+        return cutemoe.fused_moe(
+            x, moe, ids, weights, out=out, workspace=scratch, backend=backend
+        )  # fmt: skip
+
+    yield "fused_moe", fused, partial(fused, ids=off(ids))
+    packed = cutemoe.prepare_grouped_gemm(w13, backend=backend)
+    offsets = torch.tensor([0, 1, 1, 2, 3, 3, 3, 4, 4], dtype=torch.int32, device=device)
+    y = torch.empty(T, 2 * I, dtype=torch.bfloat16, device=device)
+
+    def gemm(offsets=offsets):
+        return cutemoe.grouped_gemm(x, packed, offsets, out=y, backend=backend)
+
+    yield "grouped_gemm", gemm, partial(gemm, offsets=off(offsets))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a line for each op and back end."""
+    p = argparse.ArgumentParser(prog="python perf/host_time.py", description=__doc__)
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--backends", default="cute,triton", help="a,b,...")
+    p.add_argument("--commit", default="")
+    args = p.parse_args(argv)
+    device = torch.device(args.device)
+    where = {
+        "device": machine.device_name(device), **machine.versions(), "date": machine.now(),
+        "commit": args.commit or machine.commit(),
+    }  # fmt: skip
+    one = torch.zeros(8, device=device)
+    add = microseconds(lambda: one.add_(1), args.rounds, device)
+    print(json.dumps({"call": "torch add_", "us": round(add, 2), **where}), flush=True)
+    for backend in args.backends.split(","):
+        for cases in (gdn, layer):
+            for name, call, checked in cases(device, backend):
+                us, us_checked = (microseconds(c, args.rounds, device) for c in (call, checked))
+                line = {"call": name, "backend": backend, "us": round(us, 2),
+                        "us_checked": round(us_checked, 2), **where}  # fmt: skip
+                print(json.dumps(line), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
