@@ -170,7 +170,7 @@ def test_changed_calls_are_checked(decoded: Counted) -> None:
         cutemoe.gdn_decode(**other)
         assert decoded.calls == n + 2
     assert odd.data_ptr() % 16
-    cutemoe.gdn_decode(**call | {"q": odd})
+    cutemoe.gdn_decode(**others[5])
     assert decoded.calls == len(others) + 2, "an odd address was recalled"
 
 
