@@ -29,6 +29,8 @@ except ImportError:  # private to torch: without it every call is checked
 Launch = Callable[[Any], None]
 ALIGNMENT = 16
 DEVICES = ("cuda",)
+# signatures of the same words: layers of a model may differ in strides or devices
+_ALIKE = 4
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled  # pyright: ignore
 
@@ -44,9 +46,9 @@ class Recall:
     """Launches of one public function, by signature."""
 
     def __init__(self, size: int = 1024) -> None:
-        """Keeps the last `size` signatures; tensors are not kept."""
+        """Keeps the last `size` words, a few signatures of each; tensors are not kept."""
         self._size = size
-        self._known: dict[Hashable, _Known] = {}
+        self._known: dict[Hashable, tuple[_Known, ...]] = {}
 
     def find(self, words: Hashable, tensors: Sequence[Any]) -> Launch | None:
         """The launch of a call like this one, or None where it has to be checked.
@@ -58,10 +60,10 @@ class Recall:
             tensors: the others, in one order.
         """
         try:
-            known = self._known.get(words)
+            known = next((k for k in self._known.get(words, ()) if k.same(*tensors)), None)
         except TypeError:  # an argument that cannot be hashed: the checks will name it
             return None
-        if known is None or not known.same(*tensors):
+        if known is None:
             return None
         address = 0
         for t in tensors:
@@ -95,9 +97,10 @@ class Recall:
             dynamic_dims_sizes=[list(t.shape) for t in tensors],
             dynamic_dims_strides=[list(t.stride()) for t in tensors],
         ).check
-        if len(self._known) >= self._size:
+        if len(self._known) >= self._size and words not in self._known:
             del self._known[next(iter(self._known))]
-        self._known[words] = _Known(same, first.device.index, settings.default_backend(), launch)
+        known = _Known(same, first.device.index, settings.default_backend(), launch)
+        self._known[words] = (known, *self._known.get(words, ())[: _ALIKE - 1])
 
     def forget(self) -> None:
         """Every call is checked again."""

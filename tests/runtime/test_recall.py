@@ -162,7 +162,7 @@ def test_changed_calls_are_checked(decoded: Counted) -> None:
         case.with_(T=1).call(),
         call | {"state": pool},
         call | {"state_indices": call["state_indices"].long()},
-        call | {"q": call["q"].transpose(1, 2).contiguous().transpose(1, 2)},
+        call | {"v": call["v"].transpose(1, 2).contiguous().transpose(1, 2)},
         call | {"q": odd},
         call | {"scale": 0.5},
     )
@@ -259,6 +259,16 @@ def test_grouped_gemms_are_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(calls)
     cutemoe.grouped_gemm(x[:5], w, offsets)
     assert len(calls) == before + 1
+
+
+def test_calls_that_differ_in_strides_alone_are_all_known(decoded: Counted) -> None:
+    """As the layers of a model may: they do not push one another out."""
+    call: dict[str, Any] = Case(B=2, T=2, index=torch.int32).call()
+    other = call | {"v": call["v"].transpose(1, 2).contiguous().transpose(1, 2)}
+    for _ in range(3):
+        cutemoe.gdn_decode(**call)
+        cutemoe.gdn_decode(**other)
+    assert decoded.calls == 2
 
 
 def _constant(n: int) -> Callable[[Any], Any]:
