@@ -108,9 +108,10 @@ def layout(
 
     No part shrinks when tokens or top_k grow.
     """
-    return _layout(
-        tokens, top_k, experts, hidden, intermediate, activations, static_scale, weights, WHOLE_Y
-    )
+    sizes = (tokens, top_k, experts, hidden, intermediate)
+    # torch.compile traces with sizes that cannot be hashed
+    find = _layout if all(type(n) is int for n in sizes) else _layout.__wrapped__
+    return find(*sizes, activations, static_scale, weights, WHOLE_Y)
 
 
 @lru_cache(maxsize=1024)
