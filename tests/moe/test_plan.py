@@ -283,8 +283,8 @@ def test_warpgroups_divide_the_blocks_evenly():
         return tile.warpgroups, tile.blocks
 
     assert shape((8, 16), 6, 64) == (3, 1)
-    # 22.7 experts: 2.8 rounds of four blocks each, 1.4 of eight
-    assert shape((8, 16), 22.7, 64) == (4, 1)
+    # 22.7 experts: 1.9 rounds of six blocks each, 1.4 of eight
+    assert shape((8, 16), 22.7, 64) == (3, 2)
     assert shape((8, 16), 200, 64) == (4, 2)
     # 90 blocks are 15 times 6, and 12 times 8 but for 6; 48 tokens leave eight no registers
     assert shape((24, 32, 40, 48), 128, 90) == (3, 2)
