@@ -1,4 +1,4 @@
-"""Copies to shared memory that complete an mbarrier, in PTX: their sizes are known at run time."""
+"""Copies to shared memory and predicated stores, in PTX."""
 
 import cutlass.cute as cute
 from cutlass import Int32, Int64
@@ -30,12 +30,35 @@ def bulk_copy(dst, src, nbytes, barrier, once):
     )
 
 
-def copy_16(dst, src, nbytes):
-    """16 bytes to dst, of which nbytes come from global memory and the rest are zeros."""
+def copy_16(dst, src, nbytes, left, least):
+    """16 bytes to dst, of which nbytes come from global memory and the rest are zeros; nothing
+    unless left > least, a number."""
     _do(
-        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
-        "r,l,r",
-        (Int32(dst), Int64(src), Int32(nbytes)),
+        f"{{\n.reg .pred p;\nsetp.gt.s32 p, $3, {least};\n"
+        "@p cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;\n}",
+        "r,l,r,r",
+        (Int32(dst), Int64(src), Int32(nbytes), Int32(left)),
+    )
+
+
+_PACK = {"bf16": "cvt.rn.bf16x2.f32", "fp16": "cvt.rn.f16x2.f32"}
+
+
+def store_pair(kind, at, offset, values, left, least):
+    """Two Float32 as `kind` to the global addresses of two rows, `offset` bytes behind `at`: the
+    first if left > least, a number, and the second if left > least + 1."""
+    if kind == "fp32":
+        body = f"@p st.global.f32 [$0+{offset}], $2;\n@q st.global.f32 [$1+{offset}], $3;\n"
+    else:
+        body = (
+            f".reg .b32 v;\n.reg .b16 lo, hi;\n{_PACK[kind]} v, $3, $2;\nmov.b32 {{lo, hi}}, v;\n"
+            f"@p st.global.b16 [$0+{offset}], lo;\n@q st.global.b16 [$1+{offset}], hi;\n"
+        )
+    _do(
+        f"{{\n.reg .pred p, q;\nsetp.gt.s32 p, $4, {least};\nsetp.gt.s32 q, $4, {least + 1};\n"
+        f"{body}}}",
+        "l,l,f,f,r",
+        (*map(Int64, at), *values, Int32(left)),
     )
 
 

@@ -85,6 +85,11 @@ def _run(ptx: str, operands, count, *, loc=None, ip=None):
     return tuple(Uint32(llvm.extractvalue(i32, out, [i], loc=loc, ip=ip)) for i in range(count))
 
 
+def opaque(x):
+    """x, as a value that the compiler knows nothing of."""
+    return _run("mov.b32 $0, $1;", (x,), 1)[0]
+
+
 class Hook:
     """A recipe: its scale words, what it makes of codes, and what the sums still lack.
 

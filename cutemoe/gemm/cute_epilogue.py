@@ -6,8 +6,9 @@ one output (layouts/sm90_rs_w4.py).
 """
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int64, const_expr, range_constexpr
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr, range_constexpr
 
+from cutemoe.gemm.cute_async import store_pair
 from cutemoe.gemm.cute_plan import Config
 
 
@@ -21,7 +22,11 @@ class Epilogue:
     @cute.jit
     def store(self, acc, extras, slots, mO, params, where, block, power):
         """acc: sums [64 rows, tokens] of each block of this warpgroup, `block` its first in the
-        CTA; where: expert, first sorted row, tokens, block of the CTA."""
+        CTA; where: expert, first sorted row, tokens, block of the CTA.
+
+        Outputs of tokens that a tile lacks are computed too: only their stores are predicated, so
+        that no branch keeps the outputs of a lane apart.
+        """
         factor, x_scale, bias, top_k = extras
         expert, first, n, cta = where
         tid = cute.arch.thread_idx()[0] % 128
@@ -34,42 +39,48 @@ class Epilogue:
         numbers = self.parameters(params, expert)
         packed = (cta * self.c.tile.row_blocks + block) * 64 + warp * 16 + g
         added = [self.bias(bias, expert, packed + 64 * b, mO) for b in range(len(acc))]
+        # a lane's outputs in a row: column, and what is added for the others of it
+        column, apart, width = packed, [[64 * b, 64 * b + 8] for b in range(len(acc))], mO.shape[1]
+        if const_expr(self.c.gated):
+            column, apart = self.output(packed), [[32 * b] for b in range(len(acc))]
+        size = self.dtype.width // 8
+        start = mO.iterator.toint() + Int64(column) * size
+        stride = Int64(mO.stride[0]) * size
+        # tokens from the first of this lane; none for outputs beyond the last
+        left = [[n - 2 * t if column + a < width else Int32(0) for a in of] for of in apart]
+        last = first + n - 1
         for i in range_constexpr(cute.size(acc[0]) // 4):
-            for c in range_constexpr(2):
-                token = 8 * i + 2 * t + c
-                if token < n:
-                    row = first + token
-                    scale = multiplier
-                    if const_expr(self.c.x_scale == "row"):
-                        source = row
-                        if const_expr(self.c.gather):
-                            source = slots[row] // top_k
-                        scale = multiplier * x_scale[source]
-                    if const_expr(self.c.scatter):
-                        row = slots[row]
-                    gO = mO[Int64(row), None]
-                    for b in range_constexpr(len(acc)):
-                        sums = [acc[b][c + 2 * h + 4 * i] * scale for h in range(2)]
-                        self.put(gO, packed + 64 * b, sums, added[b], numbers)
+            rows = [first + 8 * i + 2 * t + c for c in range(2)]
+            scales = [multiplier, multiplier]
+            if const_expr(self.c.scatter or self.c.x_scale == "row"):
+                rows = [r if r < last else last for r in rows]
+            if const_expr(self.c.x_scale == "row"):
+                sources = [slots[r] // top_k for r in rows] if self.c.gather else rows
+                scales = [multiplier * x_scale[r] for r in sources]
+            if const_expr(self.c.scatter):
+                rows = [slots[r] for r in rows]
+            at = [start + Int64(r) * stride for r in rows]
+            for b in range_constexpr(len(acc)):
+                made = [
+                    self.outputs([acc[b][c + 2 * h + 4 * i] * scales[c] for h in range(2)],
+                                 added[b], numbers)
+                    for c in range(2)
+                ]  # fmt: skip
+                for h in range_constexpr(len(apart[b])):
+                    pair = [made[0][h], made[1][h]]
+                    store_pair(self.c.out, at, apart[b][h] * size, pair, left[b][h], 8 * i)
 
     @cute.jit
-    def put(self, gO, packed, sums, added, numbers):
+    def outputs(self, sums, added, numbers):
         """One token: the two rows of a lane, or the output that they make."""
-        width = gO.shape[0]
         if const_expr(self.c.bias):
             sums = [s + a for s, a in zip(sums, added, strict=True)]
         if const_expr(self.c.gated):
-            j = self.output(packed)
-            if j < width:
-                gO[j] = self.dtype(self.joined(sums[0], sums[1], numbers))
-        else:
-            for h in range_constexpr(2):
-                if packed + 8 * h < width:
-                    x = sums[h]
-                    if const_expr(self.c.activation == "relu2"):
-                        x = Float32(0.0) if x < 0.0 else x
-                        x = x * x
-                    gO[packed + 8 * h] = self.dtype(x)
+            return [self.joined(sums[0], sums[1], numbers)]
+        if const_expr(self.c.activation == "relu2"):
+            sums = [Float32(0.0) if x < 0.0 else x for x in sums]
+            sums = [x * x for x in sums]
+        return sums
 
     def output(self, packed):
         """Output of the gate at this packed row."""

@@ -44,7 +44,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16
-from cutemoe.gemm.cute_decode import hook
+from cutemoe.gemm.cute_decode import hook, opaque
 from cutemoe.gemm.cute_epilogue import Epilogue
 from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
 from cutemoe.layouts.sm90_rs_w4 import CODE_BYTES, COLUMNS
@@ -67,6 +67,8 @@ class ExpertGemm:
         self.mma_k = 32 // c.recipe.width
         self.width = c.recipe.width
         self.chunks = STAGE_COLUMNS * self.width // 16
+        # scales of a group of both units of a stage
+        self.shared_scales = c.recipe.weight == "int4" and self.hook.group == 128
         self.stages = c.tile.stages
         self.w_bytes, self.x_bytes = c.stage_bytes
         # warps that load tokens: a lane has 16 bytes of a row
@@ -78,8 +80,9 @@ class ExpertGemm:
             x: cute.struct.Align[cute.struct.MemRange[Uint8, self.stages * self.x_bytes], 1024]  # pyright: ignore
             w: cute.struct.Align[cute.struct.MemRange[Uint8, self.stages * self.w_bytes], 128]  # pyright: ignore
             full: cute.struct.MemRange[Int64, self.stages]  # pyright: ignore
-            empty: cute.struct.MemRange[Int64, self.stages]  # pyright: ignore
-            rows: cute.struct.MemRange[Int64, self.t.block_m]  # pyright: ignore
+            # one more than there are stages: what the first item releases before its first stage
+            empty: cute.struct.MemRange[Int64, self.stages + 1]  # pyright: ignore
+            rows: cute.struct.Align[cute.struct.MemRange[Int64, self.t.block_m], 32]  # pyright: ignore
 
         self.Storage = Storage
 
@@ -120,6 +123,7 @@ class ExpertGemm:
                 for s in range_constexpr(self.stages):
                     cute.arch.mbarrier_init(full + s, 1 + self.loaders)
                     cute.arch.mbarrier_init(empty + s, 4 * self.t.warpgroups)
+                cute.arch.mbarrier_init(empty + self.stages, 4 * self.t.warpgroups)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         if const_expr(not self.c.early):
@@ -179,8 +183,11 @@ class ExpertGemm:
 
     @cute.jit
     def load_tokens(self, mX, mW, work, shared, full, empty, blocks, total, top_k):
-        """cp.async of 16 bytes a lane; columns past K are 0, rows past the last are left as they
-        are: what wgmma makes of them is a column that nobody stores."""
+        """cp.async of 16 bytes a lane, 8 rows at a time; columns past K are 0, rows past the last
+        are left as they are: what wgmma makes of them is a column that nobody stores.
+
+        Within 8 rows places are fixed: swizzled addresses cost nothing, and one load brings the
+        addresses of all rows of a lane."""
         slots, mT, _ = work
         stage, phase = Int32(0), Int32(1)
         # stages issued, and the oldest that math has not been told of
@@ -192,13 +199,21 @@ class ExpertGemm:
         stages = cute.ceil_div(mW.shape[2], STAGE_UNITS)
         threads = 32 * self.loaders
         p = cute.arch.thread_idx()[0] - 32
-        chunk, r0 = p % self.chunks, p // self.chunks
-        atom = chunk // 8 * (self.t.block_m * 128)
+        # a copy of the warp has `each` rows: this lane row `part` of them
+        each = 32 // self.chunks
+        copies = 8 // each
+        part, chunk = p % 32 // self.chunks, p % self.chunks
         item, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         base = mX.iterator.toint()
-        x = shared.x.data_ptr().toint() + atom
-        sRow = cute.make_tensor(shared.rows.data_ptr(), cute.make_layout(self.t.block_m))
+        x = shared.x.data_ptr().toint() + chunk // 8 * (self.t.block_m * 128)
+        at = [
+            x + (each * i + part) * 128 + ((chunk % 8) ^ (each * i + part)) * 16
+            for i in range(copies)
+        ]
+        # [8 rows, part, copy]
+        layout = cute.make_layout((copies, 8 // copies, self.t.block_m // 8))
+        sRow = cute.make_tensor(shared.rows.data_ptr(), layout)
         while item < total:
             tile = item // blocks
             expert, first, n = mT[tile, 0], mT[tile, 1], mT[tile, 2]
@@ -208,17 +223,22 @@ class ExpertGemm:
                     row = first + r
                     if const_expr(self.c.gather):
                         row = slots[row] // top_k
-                    sRow[r] = base + Int64(row) * Int64(mX.stride[0]) * self.width
+                    address = base + Int64(row) * Int64(mX.stride[0]) * self.width
+                    sRow[r % 8 // each, r % each, r // 8] = address
                 cute.arch.barrier(barrier_id=_TOKENS, number_of_threads=threads)
                 for s in range(stages):
                     k = s * STAGE_COLUMNS + chunk * (16 // self.width)
                     nbytes = Int32(16) if k < K else Int32(0)
                     k = k if k < K else Int32(0)
                     cute.arch.mbarrier_wait(empty + stage, phase)
-                    dst = x + stage * self.x_bytes
-                    for r in range(r0, n, threads // self.chunks):
-                        at = dst + r * 128 + ((chunk % 8) ^ (r % 8)) * 16
-                        copy_16(at, sRow[r] + Int64(k) * self.width, nbytes)
+                    for eight in range(p // 32, cute.ceil_div(n, 8), self.loaders):
+                        rRow = cute.make_rmem_tensor((copies,), Int64)
+                        cute.autovec_copy(sRow[None, part, eight], rRow)
+                        moved = stage * self.x_bytes + eight * 1024
+                        left = n - 8 * eight - part
+                        for i in range_constexpr(copies):
+                            source = rRow[i] + Int64(k) * self.width
+                            copy_16(at[i] + moved, source, nbytes, left, each * i)
                     cute.arch.cp_async_commit_group()
                     if issued >= lag:
                         cute.arch.cp_async_wait_group(lag)
@@ -299,18 +319,20 @@ class ExpertGemm:
             part.fill(0.0)
             fresh = cute.make_tiled_mma(cute.make_mma_atom(self.instruction(rows)))
             fresh.set(warpgroup.Field.ACCUMULATE, False)
-        mmas, regs = (mma, fresh), (acc, part, rA, rB)
         first = tid // 128 * self.t.blocks
+        mmas, regs = (mma, fresh), (acc, part, rA, rB, self.places(shared, first))
         stage = done % self.stages
         phase = (done // self.stages) & 1
-        before = Int32(-1)
+        before = Int32(self.stages)
         for _ in range(units // STAGE_UNITS):
-            due = self.stage(mmas, regs, due, shared, full, empty, (stage, phase, before, first), 2)
+            due = self.stage(mmas, regs, due, shared, full, empty, (stage, phase, before), 2)
             before = stage
             stage, phase = advance(stage, phase, self.stages)
         if units % STAGE_UNITS > 0:
-            due = self.stage(mmas, regs, due, shared, full, empty, (stage, phase, before, first), 1)
+            due = self.stage(mmas, regs, due, shared, full, empty, (stage, phase, before), 1)
             before = stage
+            # in flight beyond the branch, they would have registers of their own in every width
+            warpgroup.wait_group(0)
         warpgroup.wait_group(0)
         self.release(empty, before)
         if const_expr(self.hook.group > 0):
@@ -340,8 +362,8 @@ class ExpertGemm:
 
     @cute.jit
     def release(self, empty, stage):
-        """This warp has read the stage; -1 is none."""
-        if stage >= 0 and cute.arch.lane_idx() == 0:
+        """This warp has read the stage."""
+        if cute.arch.lane_idx() == 0:
             cute.arch.mbarrier_arrive(empty + stage)
 
     def stage(self, mmas, regs, due, shared, full, empty, at, units):
@@ -354,13 +376,13 @@ class ExpertGemm:
     @cute.jit
     def stage_of_values(self, mmas, regs, shared, full, empty, at, units):
         """Weights are scaled: all sums go to the accumulators."""
-        acc, _, rA, rB = regs
-        stage, phase, before, first = at
+        acc, _, rA, rB, places = regs
+        stage, phase, before = at
         cute.arch.mbarrier_wait(full + stage, phase)
         step, steps = 0, COLUMNS // self.hook.step
         for u in range_constexpr(units):
             for b in range_constexpr(self.t.blocks):
-                codes, words = self.load(shared, stage, first + b, u)
+                codes, words = self.load(places, stage, b, u)
                 operands = self.hook.operands(words)
                 for c in range_constexpr(steps):
                     self.decode(codes, operands, c, rA[step % 2])
@@ -372,14 +394,14 @@ class ExpertGemm:
     @cute.jit
     def stage_of_groups(self, mmas, regs, due, shared, full, empty, at, units):
         """Sums of groups: each is closed when the first step of the next is decoded."""
-        acc, part, rA, rB = regs
-        stage, phase, before, first = at
+        acc, part, rA, rB, places = regs
+        stage, phase, before = at
         cute.arch.mbarrier_wait(full + stage, phase)
         mma, fresh = mmas
         step, steps = 0, COLUMNS // self.hook.step
         for b in range_constexpr(self.t.blocks):
             for u in range_constexpr(units):
-                codes, words = self.load(shared, stage, first + b, u)
+                codes, words = self.load(places, stage, b, u)
                 operands = self.hook.operands(words)
                 for c in range_constexpr(steps):
                     self.decode(codes, operands, c, rA[step % 2])
@@ -414,20 +436,30 @@ class ExpertGemm:
         warpgroup.wait_group(1)
 
     @cute.jit
-    def load(self, shared, stage, block, u):
-        """Code words and scale words of a unit, rows g and g + 8 of this lane."""
+    def places(self, shared, first):
+        """Where this lane finds, in stage 0 and from block `first` of the CTA, its code words and
+        the scale words of its rows g and g + 8."""
         tid = cute.arch.thread_idx()[0] % 128
         warp, lane = tid // 32, tid % 32
-        start = stage * self.w_bytes + (block * STAGE_UNITS + u) * self.c.recipe.unit
-        codes = self.words(shared, start + tid * 16, 4)
-        n = self.hook.words
-        at = start + CODE_BYTES + (warp * 8 + lane // 4) * 4 * n
-        if const_expr(self.hook.group == 128 and self.c.recipe.weight == "int4"):
-            # scales of a group of both units: two warps in each
-            first = stage * self.w_bytes + block * (STAGE_UNITS * self.c.recipe.unit)
-            at = first + CODE_BYTES + warp // 2 * self.c.recipe.unit
-            at += (warp % 2 * 8 + lane // 4) * 4
-        return codes, self.words(shared, at, n)
+        start = shared.w.data_ptr().toint() + first * (STAGE_UNITS * self.c.recipe.unit)
+        scales = start + CODE_BYTES
+        if const_expr(self.shared_scales):
+            # two warps' in each unit
+            scales += warp // 2 * self.c.recipe.unit + (warp % 2 * 8 + lane // 4) * 4
+        else:
+            scales += (warp * 8 + lane // 4) * 4 * self.hook.words
+        # one multiply-add a stage each: what they have in common would be three instructions
+        return opaque(start + tid * 16), opaque(scales)
+
+    @cute.jit
+    def load(self, places, stage, block, u):
+        """Code words and scale words of a unit."""
+        unit = self.c.recipe.unit
+        at = stage * self.w_bytes + block * (STAGE_UNITS * unit)
+        codes = self.words(places[0] + at + u * unit, 4)
+        if const_expr(not self.shared_scales):
+            at += u * unit
+        return codes, self.words(places[1] + at, self.hook.words)
 
     @cute.jit
     def decode(self, codes, operands, step, rA):
@@ -441,10 +473,9 @@ class ExpertGemm:
                 for n in range_constexpr(len(made)):
                     rU[(2 * i * len(made)) + h + 2 * n] = made[n]
 
-    def words(self, shared, offset, n):
-        """n neighbouring words of the weights in shared memory, one load."""
-        ptr = cute.recast_ptr(shared.w.data_ptr() + offset, dtype=Uint32)
-        ptr = cute.make_ptr(Uint32, ptr.toint(), cute.AddressSpace.smem, assumed_align=4 * n)
+    def words(self, address, n):
+        """n neighbouring words of shared memory, one load."""
+        ptr = cute.make_ptr(Uint32, address, cute.AddressSpace.smem, assumed_align=4 * n)
         r = cute.make_rmem_tensor((n,), Uint32)
         cute.autovec_copy(cute.make_tensor(ptr, cute.make_layout(n)), r)
         return [r[i] for i in range(n)]

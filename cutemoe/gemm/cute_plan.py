@@ -18,11 +18,12 @@ SMEM_BYTES = 232448
 ROWS = (
     (8.5, (8, 16)),
     (12.0, (8, 16, 24)),
-    (25.0, (16, 24, 32, 40)),
+    (25.0, (24, 32, 40)),
     (33.0, (24, 32, 40, 48)),
     (52.0, (40, 56, 72)),
     (72.0, (56, 72, 88, 96)),
     (100.0, (80, 96, 112, 128)),
+    (140.0, (120, 136, 152)),
     (math.inf, (32, 64, 96, 128)),
 )
 # where sums of groups have registers of their own: fp8, then int4 with 16-bit activations
@@ -34,8 +35,11 @@ ROWS_FP8 = (
     (math.inf, (32, 64, 96, 112)),
 )
 ROWS_INT4 = (*ROWS_FP8[:2], *ROWS[3:5], (math.inf, (32, 64, 96)))
-# most tokens whose sums leave four warpgroups registers for the rest
+# most tokens whose sums leave four warpgroups registers for the rest, and those of two blocks
 MOST_ROWS_OF_FOUR = 48
+MOST_ROWS_OF_FOUR_PAIRS = 40
+# of a stage of few tokens with (warpgroups, blocks of each), relatively; H200, 2026-11
+STAGE_US = {(4, 2): 1.15, (3, 2): 0.89, (4, 1): 0.6, (3, 1): 0.5, (2, 1): 0.4}
 # columns of a pipeline stage: two units of the weight layout
 STAGE_UNITS = 2
 STAGE_COLUMNS = STAGE_UNITS * sm90_rs_w4.COLUMNS
@@ -174,30 +178,41 @@ def near_rows(recipe: Recipe, rows: tuple[int, ...]) -> list[tuple[int, ...]]:
 def other_tiles(recipe: Recipe, tile: Tile) -> list[Tile]:
     """Tiles of the same rows that cut the weights in another way."""
     few = ((4, 1, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2))
+    if not recipe.partial:
+        pairs = ((4, 2, 1), (3, 2, 1))
+        few = (*(pairs if tile.block_m <= MOST_ROWS_OF_FOUR_PAIRS else pairs[1:]), *few)
     many = ((2, 2, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2))
     shapes = many if tile.block_m > MOST_ROWS_OF_FOUR else few
     return [deepest(recipe, Tile(tile.rows, wg, blocks, 1, ctas)) for wg, blocks, ctas in shapes]
 
 
-def choose_tile(recipe: Recipe, rows: tuple[int, ...], blocks: float, device: Device) -> Tile:
-    """The tile of those rows; `blocks`: blocks of 64 weight rows of all experts that are active.
+def choose_tile(
+    recipe: Recipe, rows: tuple[int, ...], experts: float, blocks: int, device: Device
+) -> Tile:
+    """The tile of those rows; experts that are active, each of so many blocks of 64 weight rows.
 
-    Few tokens: one block for each warpgroup, and as many warpgroups as divide the blocks evenly
-    among the multiprocessors. A stage takes 0.2 us and 0.1 more for each warpgroup (H200, 2026-11:
-    2.9, 3.8 and 4.2 TB/s with 2, 4 in two CTAs, and 4 in one). More tokens: accumulators of two
-    blocks, so that a warpgroup reads its tokens for twice the rows.
+    As many warpgroups, and blocks for each, as divide the blocks evenly among the multiprocessors.
+    A warpgroup of two blocks needs fewer instructions, and its tokens are copied for twice the
+    rows; with scales on sums of groups that takes too many registers. Many tokens: two blocks, as
+    the copies of the tokens are what binds.
     """
     if rows[-1] > 72 and recipe.partial and recipe.width == 2:
         return deepest(recipe, Tile(rows, 3, 1, 1, 1))
     if rows[-1] > MOST_ROWS_OF_FOUR:
         return deepest(recipe, Tile(rows, 2, 2, 1, 1))
 
-    def microseconds(warpgroups: int) -> float:
-        items = math.ceil(blocks / warpgroups)
-        return math.ceil(items / max(device.sm_count, 1)) * (0.2 + 0.1 * warpgroups)
+    def microseconds(shape: tuple[int, int]) -> float:
+        items = math.ceil(experts * math.ceil(blocks / (shape[0] * shape[1])))
+        return math.ceil(items / max(device.sm_count, 1)) * STAGE_US[shape]
 
-    best = min((4, 3, 2), key=microseconds)
-    return deepest(recipe, Tile(rows, best, 1, 1, 1))
+    fit = [
+        (warpgroups, each)
+        for warpgroups, each in STAGE_US
+        if each == 1
+        or (not recipe.partial and (warpgroups < 4 or rows[-1] <= MOST_ROWS_OF_FOUR_PAIRS))
+    ]
+    best = min(fit, key=microseconds)
+    return deepest(recipe, Tile(rows, *best, 1, 1))
 
 
 def deepest(recipe: Recipe, tile: Tile) -> Tile:

@@ -164,8 +164,8 @@ def configure_cute(problem: GemmProblem, device: Device) -> cute_plan.Tile:
     p = problem
     recipe = cute_plan.Recipe(p.weight, p.group_size or 0, p.activations)
     rows = cute_plan.choose_rows(p.rows / p.groups, recipe)
-    blocks = min(p.rows, p.groups) * math.ceil(p.n / 64)
-    return cute_plan.choose_tile(recipe, rows, blocks, device)
+    active = min(p.rows, p.groups)
+    return cute_plan.choose_tile(recipe, rows, active, math.ceil(p.n / 64), device)
 
 
 def refuse_cute(problem: GemmProblem, device: Device) -> str | None:

@@ -118,7 +118,7 @@ def _cute_tiles(problem: Problem, device: Device, rows: tuple[int, ...]) -> MoEC
     active = p.experts * (1.0 - (1.0 - share) ** p.tokens)
     outputs = (p.intermediate * (2 if p.gated else 1), p.hidden)
     fc1, fc2 = (
-        cute_plan.choose_tile(recipe, rows, active * math.ceil(n / 64), device) for n in outputs
+        cute_plan.choose_tile(recipe, rows, active, math.ceil(n / 64), device) for n in outputs
     )
     return MoEConfig(rows[-1], fc1, fc2)
 

@@ -34,7 +34,9 @@ W4A8 = Recipe("int4", 128, "fp8")
 INT4 = [Recipe("int4", group, kind) for group in (32, 64, 128) for kind in ("bf16", "fp8")]
 PAIR = ("fc1", "fc2")
 CASES = [(MXFP4, mean, kind) for mean in MEANS for kind in PAIR]
+CASES += [(MXFP4, mean, kind) for mean in (32, 50, 70, 128, 1000) for kind in PAIR]
 CASES += [(MXFP4, 1, kind) for kind in KINDS if kind not in PAIR]
+CASES += [(MXFP4, mean, "fc1 of gpt-oss") for mean in (8, 32, 128)]
 CASES += [(NVFP4, 1, "fc1"), (NVFP4, 96, "fc2")]
 # every set of widths; bias and factor take registers in the epilogue
 CASES += [(W4A8, mean, "fc1") for mean in (1, 12, 30, 40, 60, 96, 1000)]
@@ -48,7 +50,7 @@ CASES += [(Recipe("mxfp4", 32, "fp16"), mean, "fc1 of gpt-oss") for mean in (1, 
 
 def shipped(recipe: Recipe, mean: float) -> Tile:
     """The tile for a full card."""
-    return choose_tile(recipe, choose_rows(mean, recipe), 1e5, H200)
+    return choose_tile(recipe, choose_rows(mean, recipe), 1e4, 64, H200)
 
 
 def configured(recipe: Recipe, mean: float, kind: str) -> Config:
@@ -78,7 +80,7 @@ def main_loop(sass: str, config: Config) -> Counter[str]:
 
 def waits(config: Config) -> int:
     """wgmma waits that the source asks for: after every step, before every sum of a group, at the
-    end; a stage and half of one for every width."""
+    end of half a stage and of all; a stage and half of one for every width."""
     recipe, t = config.recipe, config.tile
     step = 32
     if recipe.activations == "fp8":
@@ -89,7 +91,7 @@ def waits(config: Config) -> int:
         count += t.blocks * (columns // step)
         if recipe.partial:
             count += t.blocks * -(-columns // group)
-    return len(t.rows) * (count + 1)
+    return len(t.rows) * (count + 2)
 
 
 def loader_registers(sass: str) -> int:
@@ -119,11 +121,7 @@ def test_compiles_into_registers_and_wgmma(recipe, mean, kind):
 
 @pytest.mark.parametrize("mean", MEANS)
 def test_the_main_loop_keeps_its_budget(mean):
-    """Instructions a 4-bit weight of a lane: conversion at most 2.0, all at most 2.63.
-
-    The goal for all is 2.6; up to a mean of 24 ptxas makes 2.63, of which 0.25 are moves of the
-    uniform datapath.
-    """
+    """Instructions a 4-bit weight of a lane: conversion at most 2.0, all at most 2.6."""
     config = configured(MXFP4, mean, "fc1")
     weights = 64 * config.tile.blocks
     found = main_loop(worker().ask(BUILD, config, "sm_90a")["sass"], config)
@@ -131,20 +129,20 @@ def test_the_main_loop_keeps_its_budget(mean):
     convert = sum(found[name] for name in ("LOP3", "SHF", "IMAD", "HMUL2")) / weights
     assert found["HMUL2"] == weights // 2
     print(f"mean {mean}: {sum(found.values()) / weights:.2f} a weight, {convert:.2f} in")
-    assert convert <= 2.0 and sum(found.values()) / weights <= 2.63
+    assert convert <= 2.0 and sum(found.values()) / weights <= 2.6
 
 
 @pytest.mark.parametrize(
     ("recipe", "mean", "most"),
     [
         # as compiled, 2026-11; widening both operands to bf16 would take 2.5 and twice the wgmma
-        (W4A8, 1, 1.57),
-        (W4A8, 24, 1.67),
-        (W4A8, 96, 1.92),
-        (Recipe("mxfp4", 32, "fp8"), 1, 2.10),
-        (Recipe("mxfp4", 32, "fp8"), 24, 2.20),
-        (Recipe("int4", 128), 1, 2.43),
-        (Recipe("mxfp4", 32, "fp16"), 1, 2.88),
+        (W4A8, 1, 1.49),
+        (W4A8, 24, 1.62),
+        (W4A8, 96, 1.89),
+        (Recipe("mxfp4", 32, "fp8"), 1, 2.09),
+        (Recipe("mxfp4", 32, "fp8"), 24, 2.10),
+        (Recipe("int4", 128), 1, 2.40),
+        (Recipe("mxfp4", 32, "fp16"), 1, 2.53),
     ],
     ids=str,
 )

@@ -267,7 +267,7 @@ def test_a_measured_configuration_stands_in_for_the_heuristic():
 
 @pytest.mark.parametrize(
     ("mean", "rows"),
-    [(0.02, (8, 16)), (6, (8, 16)), (24, (16, 24, 32, 40)), (96, (80, 96, 112, 128)), (3000, None)],
+    [(0.02, (8, 16)), (6, (8, 16)), (24, (24, 32, 40)), (96, (80, 96, 112, 128)), (3000, None)],
 )
 def test_rows_of_a_tile_follow_the_tokens_of_an_expert(mean, rows):
     assert choose_rows(mean, Recipe("mxfp4", 32)) == (rows or (32, 64, 96, 128))
@@ -277,9 +277,19 @@ def test_rows_of_a_tile_follow_the_tokens_of_an_expert(mean, rows):
 
 def test_warpgroups_divide_the_blocks_evenly():
     """One token of the headline shape, 6 experts of 64 blocks: 132 items of 3 blocks."""
-    recipe = Recipe("mxfp4", 32)
-    assert choose_tile(recipe, (8, 16), 6 * 64, H200).warpgroups == 3
-    assert choose_tile(recipe, (8, 16), 200 * 64, H200).warpgroups == 4
+
+    def shape(rows, experts, blocks, recipe=Recipe("mxfp4", 32)):  # noqa: B008
+        tile = choose_tile(recipe, rows, experts, blocks, H200)
+        return tile.warpgroups, tile.blocks
+
+    assert shape((8, 16), 6, 64) == (3, 1)
+    # 22.7 experts: 1.9 rounds of six blocks each, 1.4 of eight
+    assert shape((8, 16), 22.7, 64) == (3, 2)
+    assert shape((8, 16), 200, 64) == (4, 2)
+    # 90 blocks are 15 times 6, and 12 times 8 but for 6; 48 tokens leave eight no registers
+    assert shape((24, 32, 40, 48), 128, 90) == (3, 2)
+    # their sums need the registers of a second block
+    assert shape((8, 16), 200, 64, Recipe("int4", 128, "fp8")) == (4, 1)
 
 
 def test_every_op_is_found():
@@ -292,7 +302,7 @@ def test_the_shipped_table_is_found_and_fits():
     layer = replace(GOOD, hidden=4096, intermediate=2048, experts=256, top_k=6)
     layer = replace(layer, layout="sm90_rs_w4")
     measured = CUTE.config(replace(layer, tokens=64), H200)
-    assert measured.block_m == 24 and measured.fc1.rows == (8, 16, 24)
+    assert measured.block_m == 16 and measured.fc1.rows == (8, 16)
     assert CUTE.config(replace(layer, tokens=17), H200) == measured
     # other rows by the heuristic, or too far below
     for tokens in (16, 1025, 65):
