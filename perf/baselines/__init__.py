@@ -15,7 +15,9 @@ our own back ends before it is timed. Its records carry the back end name "peer:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 
 PREFIX = "peer:"
@@ -29,6 +31,17 @@ def names() -> tuple[str, ...]:
 def load(backend: str) -> ModuleType:
     """The module behind a back end name "peer:<module>"."""
     return importlib.import_module(f"{__name__}.{backend.removeprefix(PREFIX)}")
+
+
+def missing(package: str, part: str, install: str) -> str | None:
+    """Why the file `part` of an installed package cannot be used, or None; imports nothing."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return f"{package} is not installed; {install}"
+    places = spec.submodule_search_locations or ()
+    if not any((Path(place) / part).is_file() for place in places):
+        return f"the {package} found at {', '.join(places) or spec.origin} has no {part}; {install}"
+    return None
 
 
 def reason(backend: str, op: str, workload: object) -> str | None:
