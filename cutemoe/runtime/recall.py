@@ -29,6 +29,7 @@ except ImportError:  # private to torch: without it every call is checked
 Launch = Callable[[Any], None]
 ALIGNMENT = 16
 DEVICES = ("cuda",)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # signatures of the same words: layers of a model may differ in strides or devices
 _ALIKE = 4
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -38,6 +39,7 @@ _profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled  # pyright:
 class _Known(NamedTuple):
     same: Callable[..., bool]
     device: int
+    graded: bool
     backend: str
     launch: Launch
 
@@ -71,6 +73,7 @@ class Recall:
         if (
             address % ALIGNMENT
             or _current_device() != known.device
+            or torch.is_grad_enabled() != known.graded
             or settings.default_backend() != known.backend
             or _watched()
         ):
@@ -83,9 +86,9 @@ class Recall:
         """Remembers a call that was just made; `bind` makes its launch."""
         if TensorGuards is None or _watched() or target() is not None:
             return
-        first = tensors[0]
+        first, graded = tensors[0], torch.is_grad_enabled()
         for t in tensors:
-            if type(t) is not torch.Tensor or t.device != first.device or t.requires_grad:
+            if type(t) not in _PLAIN or t.device != first.device or (t.requires_grad and graded):
                 return
             if t.device.type not in DEVICES or t.data_ptr() % ALIGNMENT:
                 return
@@ -99,7 +102,7 @@ class Recall:
         ).check
         if len(self._known) >= self._size and words not in self._known:
             del self._known[next(iter(self._known))]
-        known = _Known(same, first.device.index, settings.default_backend(), launch)
+        known = _Known(same, first.device.index, graded, settings.default_backend(), launch)
         self._known[words] = (known, *self._known.get(words, ())[: _ALIKE - 1])
 
     def forget(self) -> None:

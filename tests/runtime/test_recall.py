@@ -271,6 +271,22 @@ def test_calls_that_differ_in_strides_alone_are_all_known(decoded: Counted) -> N
     assert decoded.calls == 2
 
 
+def test_parameters_are_recalled_where_no_gradient_is_asked_for(decoded: Counted) -> None:
+    """As models hold A_log and dt_bias; with gradients on, the call is refused as ever."""
+    call: dict[str, Any] = Case(B=2, T=2, index=torch.int32).call()
+    for name in ("A_log", "dt_bias"):
+        call[name] = torch.nn.Parameter(call[name].float())
+    with torch.no_grad():
+        for _ in range(3):
+            cutemoe.gdn_decode(**call)
+    assert decoded.calls == 1
+    with pytest.raises(cutemoe.InvalidCall, match="A_log"):
+        cutemoe.gdn_decode(**call)
+    with torch.no_grad():
+        cutemoe.gdn_decode(**call)
+    assert decoded.calls == 1
+
+
 def _constant(n: int) -> Callable[[Any], Any]:
     return lambda _: n
 
