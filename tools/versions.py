@@ -2,6 +2,7 @@
 
     python tools/versions.py                        all of them, each in an environment of its own
     python tools/versions.py --only oldest --keep   one, and keep its environment
+    python tools/versions.py --dsl 4.7.1            compile tests here, with this DSL alone replaced
     python tools/versions.py --neighbours           can pip install us beside these engines?
 
 Needs an index with CPU builds of torch: name it with --torch-index where pip's own has none.
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,8 @@ SETS = {
 }
 NEIGHBOURS = ("vllm", "sglang")
 TESTS = ("-q", "-m", "not gpu", "-p", "no:cacheprovider", "tests")
+DSL = ("nvidia-cutlass-dsl", *(f"nvidia-cutlass-dsl-libs-{n}" for n in ("base", "core", "cu13")))
+COMPILE_TESTS = (*TESTS[:-1], "tests/compile")
 
 
 def main() -> int:
@@ -39,15 +43,18 @@ def main() -> int:
     p.add_argument("--keep", action="store_true", help="leave them there")
     p.add_argument("--torch-index", help="index of CPU builds of torch")
     p.add_argument("--neighbours", action="store_true", help="resolve beside engines, run nothing")
-    p.add_argument("tests", nargs="*", default=list(TESTS), help="arguments of pytest, after --")
+    p.add_argument("--dsl", metavar="VERSION", help="replace the DSL, run the compile tests")
+    p.add_argument("tests", nargs="*", help="arguments of pytest, after --")
     args = p.parse_args()
     if args.neighbours:
         return max(resolved(name) for name in NEIGHBOURS)
+    if args.dsl:
+        return compiled(args.dsl, args.folder, args.tests or COMPILE_TESTS)
     outcomes = {}
     made = args.folder or tempfile.mkdtemp(prefix="cutemoe-versions-")
     for name in args.only or SETS:
         start, folder = time.perf_counter(), Path(made) / name.replace(" ", "-")
-        code = tested(SETS[name], folder, args.torch_index, args.tests)
+        code = tested(SETS[name], folder, args.torch_index, args.tests or list(TESTS))
         seconds = time.perf_counter() - start
         outcomes[name] = f"{f'FAILED ({code})' if code else 'ok'}, {seconds:.0f} s"
         if not args.keep:
@@ -75,6 +82,18 @@ def tested(versions: dict[str, str], folder: Path, index: str | None, tests: lis
         if code:
             return code
     return 0
+
+
+def compiled(version: str, folder: str | None, tests: Sequence[str]) -> int:
+    """Exit code of tests in this environment, with one release of the DSL before its own."""
+    with tempfile.TemporaryDirectory(prefix="cutemoe-dsl-") as fresh:
+        made = Path(folder or fresh).resolve()
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(made)]
+        code = subprocess.run([*pip, *(f"{name}=={version}" for name in DSL)]).returncode
+        paths = (made, made / "nvidia_cutlass_dsl" / "dsl_packages", ROOT)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+        return code or subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT,
+                                      env=env).returncode  # fmt: skip
 
 
 def resolved(neighbour: str) -> int:

@@ -26,7 +26,7 @@ fp16, so the 32 products under a pair of them are added up without, exactly, and
 import cutlass.cute as cute
 from cutlass import Float32, Uint32
 
-from cutemoe.dsl.codec import Codec, mul_f16x2
+from cutemoe.dsl.codec import Codec, mul_f16x2, ptx
 
 # the e2m1 exponent bias is 1, that of fp16 15: codes placed into fp16 are 2^14 too small
 _REBIAS = 0x74007400
@@ -171,7 +171,7 @@ class EmulatedMxfp4(Mxfp4Operands):
         rows = [cute.arch.shuffle_sync(a[1], quad + i) for i in range(2)]
         columns = [cute.arch.shuffle_sync(b[1], 8 * t + 4 * i) for i in range(2)]
         for block in range(2):
-            sums = [Float32(0.0)] * 4
+            sums = [float32_zero()] * 4
             for q in (0, 2):
                 x = [
                     halves_of_codes(a[0][2 * block + r] >> (4 * (q + i)))
@@ -190,6 +190,12 @@ class EmulatedMxfp4(Mxfp4Operands):
             sb = [(w >> (16 * b[2] + 8 * block)) & Uint32(0xFF) for w in columns]
             for i in range(4):
                 acc[i] = acc[i] + times_e8m0(sums[i], sa[i // 2], sb[i % 2])
+
+
+def float32_zero():
+    """0 in a register."""
+    # DSL 4.7 takes no float constant as an operand
+    return ptx("mov.b32 {$w0}, 0;", Float32)
 
 
 def placed_codes(word):
