@@ -28,7 +28,7 @@ ARCHS = ("sm_90a", "sm_120a", "sm_121a")
 NATIVE = "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"
 REAL = Problem(
     tokens=1, hidden=4096, intermediate=2048, experts=256, top_k=8, gated=True, weight="nvfp4",
-    group_size=16, layout="sm120_nvfp4", activations="nvfp4", dtype="bf16", gate_up="gate_up",
+    group_size=16, layout="sm120_fp4", activations="nvfp4", dtype="bf16", gate_up="gate_up",
     activation="swiglu", per_expert_params=False, has_limit=False, has_b13=False, has_b2=False,
     static_scale=True, ids="int32", expert_offset=0, deterministic=True,
 )  # fmt: skip

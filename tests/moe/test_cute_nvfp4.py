@@ -52,7 +52,7 @@ def test_what_is_promised_runs(change, device):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"layout": "rows"}, "layout 'sm120_nvfp4', got 'rows' (prepare with backend='cute_nvf"),
+        ({"layout": "rows"}, "layout 'sm120_fp4', got 'rows' (prepare with backend='cute_nvf"),
         ({"weight": "mxfp4"}, "nvfp4 weights and activations, got mxfp4 and nvfp4"),
         ({"activations": "bf16"}, "nvfp4 weights and activations, got nvfp4 and bf16"),
         ({"experts": 1025}, "local experts <= 1024, got 1025"),
