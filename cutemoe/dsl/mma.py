@@ -180,11 +180,16 @@ class EmulatedMxfp4:
 
     def b(self, words, scales, half: int):
         """Operand B of one step: registers of m16n8k16, and scales, for each 32 k."""
+        # sums begin at zero here: without it ptxas computes many at once, in local memory
+        cute.arch.sync_warp()
         t = cute.arch.lane_idx() & 3
         columns = [cute.arch.shuffle_sync(scales, 8 * t + 4 * i) for i in range(2)]
         return [
             (
-                [[values_of_codes(words[block] >> (4 * (q + i))) for i in range(2)] for q in (0, 2)],
+                [
+                    [values_of_codes(words[block] >> (4 * (q + i))) for i in range(2)]
+                    for q in (0, 2)
+                ],
                 self._scales(columns, half, block),
             )
             for block in range(2)

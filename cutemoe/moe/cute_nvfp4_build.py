@@ -131,8 +131,10 @@ def _gemm(c: GemmConfig, R):
         _rows(Uint8, (E, N, width), c.vector),
         _rows(Int32, (E, cute.sym_int()), 16),
     )
-    multipliers = (_list(Float32, E) if c.factor else None, _list(Float32, E))
-    return operands, multipliers if c.scaled else None, _rows(Float32, (E, N), 4) if c.bias else None
+    multipliers = None
+    if c.scaled:
+        multipliers = (_list(Float32, E) if c.factor else None, _list(Float32, E))
+    return operands, multipliers, _rows(Float32, (E, N), 4) if c.bias else None
 
 
 def _sorted():

@@ -55,8 +55,8 @@ class FC1(ExpertGemm):
 
         operands: xq [R, H/2], its scale words [R, ..], w13 [E, N, H/2], its swizzled scale words;
         tiles: (expert, first row, rows) [.., 3], count [1], sorted slots [R]; multipliers: of w13
-        [E] or None, of x [E], of mid [E], or None (mxfp4); params: alpha, beta, limit; result: codes
-        [R, I/2] and scales [R, ..], whole words of them.
+        [E] or None, of x [E], of mid [E], or None (mxfp4); params: alpha, beta, limit; result:
+        codes [R, I/2] and scales [R, ..], whole words of them.
         """
         program, _, _ = cute.arch.block_idx()
         results_of_the_last_kernel(self.pdl)

@@ -234,7 +234,7 @@ class ExpertGemm:
         return m0 + lane // 4, n0, lane % 4
 
     def each(self, multipliers, n):
-        """n multipliers, where None are n that do not exist."""
+        """The n multipliers; the DSL takes no tuple of nothing but None."""
         return (None,) * n if multipliers is None else multipliers
 
     def multiplier(self, mFactor, mScale, expert):

@@ -13,7 +13,9 @@ from tests.moe.cases import SATURATED, exact_layer, exact_x
 from tests.poison import Poison, kept
 
 KINDS = st.sampled_from([("bf16", False), ("fp16", False), ("fp8", False), ("fp8", True)])
-KINDS |= st.sampled_from([("nvfp4", True), ("nvfp4", True, "sm120_fp4")])
+KINDS |= st.sampled_from(
+    [("nvfp4", True), ("nvfp4", True, "sm120_fp4"), ("mxfp4", False, "sm120_fp4")]
+)
 KINDS |= st.sampled_from([("fp8", static, "sm90_rs_w4_fp8") for static in (False, True)])
 
 
