@@ -166,7 +166,7 @@ def test_codes_that_are_not_aligned_are_copied():
 
 
 def test_other_formats_stay_in_rows():
-    q = draw.exact_quantized("int4", (2, 16, 32), 1)
+    q = draw.exact_quantized("int4", (2, 16, 128), 1)
     assert PackedWeight.of(q, layout=SM120).layout == "rows"
 
 
