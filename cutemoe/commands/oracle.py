@@ -125,7 +125,7 @@ def _expert(
     def stored(t: torch.Tensor) -> torch.Tensor:
         return t if dtype == torch.float64 else t.to(x.dtype).to(dtype)
 
-    quantized = layer.activations in ("fp8", "nvfp4")
+    quantized = layer.activations in ("fp8", "nvfp4", "mxfp4")
 
     def operand(t: torch.Tensor) -> torch.Tensor:
         if not quantized:

@@ -73,8 +73,8 @@ def jobs(preset: str) -> list[Job]:
         kinds = ["layer", "gemms"] if chosen.layer.gemms else ["layer"]
         for index, (*_, activations) in enumerate(chosen.layer.formats):
             for kind in kinds:
-                # no grouped GEMM takes nvfp4 activations
-                if kind == "layer" or activations != "nvfp4":
+                # no grouped GEMM takes FP4 activations
+                if kind == "layer" or activations not in ("nvfp4", "mxfp4"):
                     found += [Job(preset, kind, index, part) for part in parts]
     if chosen.heads:
         found += [Job(preset, "heads", i, 0) for i in range(len(chosen.heads.states))]

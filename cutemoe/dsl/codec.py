@@ -1,7 +1,7 @@
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
-"""Codes of nvfp4 in registers: float32 -> e4m3 block scales and e2m1 codes, e4m3 -> fp16.
+"""Codes of nvfp4 and mxfp4 in registers: float32 -> block scales and e2m1 codes, e4m3 -> fp16.
 
-The order of operations is that of cutemoe.formats.nvfp4, IEEE float32 only, so every bit equals
+The order of operations is that of cutemoe.formats, IEEE float32 only, so every bit equals
 what torch computes. Conversions are instructions where the target has them and bit patterns where
 not; both give the same codes.
 
@@ -17,6 +17,7 @@ from cutlass import Float32, Uint32, const_expr
 
 SCALE_MAX = 448.0
 E4M3_NAN = 0x7F
+E8M0_NAN = 0xFF
 INFINITY_BITS = 0x7F800000
 
 
@@ -46,6 +47,23 @@ class Codec:
         live = byte > Uint32(0) and byte < Uint32(E4M3_NAN)
         r = divide(g, self.decode_e4m3(byte if live else Uint32(0x38)))
         return byte, (r if live else Float32(0.0))
+
+    def scale_of(self, group, amax_bits, g):
+        """Scale byte and multiplier r of a block of 16 (nvfp4) or, without g, of 32 (mxfp4)."""
+        return self.block_scale(amax_bits, g) if group == 16 else self.block_power(amax_bits)
+
+    @cute.jit
+    def block_power(self, amax_bits):
+        """e8m0 scale byte and multiplier r of a block, from the bits of its greatest |x|.
+
+        2^(floor(log2 amax) - 2); NaN, and then r is 0, under a NaN or an infinity.
+        """
+        field = amax_bits >> 23
+        byte = field - Uint32(2) if field > Uint32(2) else Uint32(0)
+        byte = byte if amax_bits < Uint32(INFINITY_BITS) else Uint32(E8M0_NAN)
+        # a finite block has at most 252, so r is a normal number
+        r = ((Uint32(254) - byte) << 23).bitcast(Float32)
+        return byte, (r if byte < Uint32(E8M0_NAN) else Float32(0.0))
 
     @cute.jit
     def byte_of_codes(self, low, high, r):

@@ -27,6 +27,11 @@ def matrices(address):
     )
 
 
+def put_word(address, word):
+    """Stores a 32-bit word in shared memory."""
+    cute.arch.inline_ptx("st.shared.u32 [{$r0}], {$r1};", read_only_args=[address, word])
+
+
 def shared_word(address):
     """A 32-bit word of shared memory."""
     return cute.arch.inline_ptx(

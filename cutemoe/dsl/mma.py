@@ -30,7 +30,6 @@ from cutemoe.dsl.codec import Codec, mul_f16x2, ptx
 
 # the e2m1 exponent bias is 1, that of fp16 15: codes placed into fp16 are 2^14 too small
 _REBIAS = 0x74007400
-_REBIAS_HALF = 0x70007000
 
 
 def nvfp4_mma(arch: int):
@@ -125,22 +124,18 @@ class EmulatedMma:
         return [self.codec.fp16_pair((word >> (16 * half)) & Uint32(0xFF)) for half in range(2)]
 
 
-class Mxfp4Operands:
-    """Operands of one step with mxfp4 scales: registers, scale word, and which half of it."""
-
-    def a(self, words, scales, half: int):
-        """Operand A: its four words, the scale word, 0 or 1."""
-        return words, scales, half
-
-    def b(self, words, scales, half: int):
-        """Operand B: its two words, the scale word, 0 or 1."""
-        return words, scales, half
-
-
-class NativeMxfp4(Mxfp4Operands):
+class NativeMxfp4:
     """mma.sync kind::mxf4 of sm_120a and sm_121a."""
 
     native = True
+
+    def a(self, words, scales, half: int):
+        """Operand A of one step: its four words, the scale word, and 0 or 1, which half of it."""
+        return words, scales, half
+
+    def b(self, words, scales, half: int):
+        """Operand B of one step: its two words, the scale word, and which half of it."""
+        return words, scales, half
 
     def mma(self, acc, a, b):
         """acc [4] += A B."""
@@ -156,29 +151,60 @@ class NativeMxfp4(Mxfp4Operands):
             acc[i] = d[i]
 
 
-class EmulatedMxfp4(Mxfp4Operands):
+class EmulatedMxfp4:
     """Two mma.sync m16n8k16 of fp16 for 32 k, whose sums are then scaled.
 
-    Exact for every pair of scales but two of 2^127, which make infinities of numbers and NaN of 0.
+    Exact for every pair of scales, as far as float32 goes.
     """
 
     native = False
 
+    def a(self, words, scales, half: int):
+        """Operand A of one step: registers of m16n8k16, and scales, for each 32 k."""
+        quad = cute.arch.lane_idx() & ~3
+        rows = [cute.arch.shuffle_sync(scales, quad + i) for i in range(2)]
+        return [
+            (
+                [
+                    [
+                        values_of_codes(words[2 * block + r] >> (4 * (q + i)))
+                        for i in range(2)
+                        for r in range(2)
+                    ]
+                    for q in (0, 2)
+                ],
+                self._scales(rows, half, block),
+            )
+            for block in range(2)
+        ]
+
+    def b(self, words, scales, half: int):
+        """Operand B of one step: registers of m16n8k16, and scales, for each 32 k."""
+        # sums begin at zero here: without it ptxas computes many at once, in local memory
+        cute.arch.sync_warp()
+        t = cute.arch.lane_idx() & 3
+        columns = [cute.arch.shuffle_sync(scales, 8 * t + 4 * i) for i in range(2)]
+        return [
+            (
+                [
+                    [values_of_codes(words[block] >> (4 * (q + i))) for i in range(2)]
+                    for q in (0, 2)
+                ],
+                self._scales(columns, half, block),
+            )
+            for block in range(2)
+        ]
+
+    def _scales(self, words, half, block):
+        """The scales of 32 k from scale words, in factors."""
+        shift = 16 * half + 8 * block
+        return [factors_of_e8m0((w >> shift) & Uint32(0xFF)) for w in words]
+
     def mma(self, acc, a, b):
         """acc [4] += A B."""
-        lane = cute.arch.lane_idx()
-        quad, t = lane & ~3, lane & 3
-        rows = [cute.arch.shuffle_sync(a[1], quad + i) for i in range(2)]
-        columns = [cute.arch.shuffle_sync(b[1], 8 * t + 4 * i) for i in range(2)]
-        for block in range(2):
+        for (left, sa), (right, sb) in zip(a, b):
             sums = [float32_zero()] * 4
-            for q in (0, 2):
-                x = [
-                    halves_of_codes(a[0][2 * block + r] >> (4 * (q + i)))
-                    for i in range(2)
-                    for r in range(2)
-                ]
-                y = [halves_of_codes(b[0][block] >> (4 * (q + i))) for i in range(2)]
+            for x, y in zip(left, right):
                 sums = cute.arch.inline_ptx(
                     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                     "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, "
@@ -186,10 +212,8 @@ class EmulatedMxfp4(Mxfp4Operands):
                     write_only_types=[Float32] * 4,
                     read_only_args=[*x, *y, *sums],
                 )
-            sa = [(w >> (16 * a[2] + 8 * block)) & Uint32(0xFF) for w in rows]
-            sb = [(w >> (16 * b[2] + 8 * block)) & Uint32(0xFF) for w in columns]
             for i in range(4):
-                acc[i] = acc[i] + times_e8m0(sums[i], sa[i // 2], sb[i % 2])
+                acc[i] = acc[i] + times_scales(sums[i], sa[i // 2], sb[i % 2])
 
 
 def float32_zero():
@@ -203,20 +227,27 @@ def placed_codes(word):
     return ((word & Uint32(0x00070007)) << 9) | ((word & Uint32(0x00080008)) << 12)
 
 
-def times_e8m0(x, s, r):
-    """x * 4 * 2^(s - 127) * 2^(r - 127) in float32; NaN where s or r is 255."""
-    # 0x7fc00000 makes a quiet NaN of any bits; each factor has half of the exponent, and one more
-    broken = (((s + Uint32(1)) >> 8) | ((r + Uint32(1)) >> 8)) * Uint32(0x7FC00000)
-    low = (s + r) >> 1
-    high = s + r - low
-    for half in (low, high):
-        x = x * (((half + Uint32(1)) << 23) | broken).bitcast(Float32)
-    return x
+def factors_of_e8m0(byte):
+    """Two powers of two whose product is 2^(byte - 127); NaN of 255. Both in -64..64."""
+    # 0x7fc00000 makes a quiet NaN of any bits
+    broken = ((byte + Uint32(1)) >> 8) * Uint32(0x7FC00000)
+    low = byte >> 1
+    fields = (low + Uint32(64), byte - low + Uint32(63))
+    return [((field << 23) | broken).bitcast(Float32) for field in fields]
 
 
-def halves_of_codes(word):
-    """e2m1 codes in bits 0..3 and 16..19 of a word, half as great, twice in fp16."""
-    return mul_f16x2(placed_codes(word), Uint32(_REBIAS_HALF))
+def times_scales(x, a, b):
+    """x times the two scales whose factors these are, in float32.
+
+    Of one scale the lesser factor meets the greater of the other, so each product is in
+    -127..127: what is infinite or zero on the way is so in the end.
+    """
+    return x * (a[0] * b[1]) * (a[1] * b[0])
+
+
+def values_of_codes(word):
+    """e2m1 codes in bits 0..3 and 16..19 of a word, twice in fp16."""
+    return mul_f16x2(placed_codes(word), Uint32(_REBIAS))
 
 
 def scaled_codes(word, scale):

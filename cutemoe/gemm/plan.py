@@ -47,10 +47,13 @@ def packed_layout(activations: str) -> str:
 
 def weight_layout(format: str, activations: str, backend: str, device: Device) -> str:
     """The layout of weights for the back end that will run them: the first that takes them."""
-    # elsewhere these kernels emulate the MMA of SM120, and run only by name
-    named = backend.startswith("cute_nvfp4") or (backend == "auto" and device.arch in (120, 121))
-    if named and activations == "nvfp4" and cute_unavailable(device) is None:
-        return SM120
+    # elsewhere these kernels emulate the MMA of SM120 and run by name, or where nothing else does
+    best = device.arch in (120, 121) or activations == "mxfp4"
+    named = backend.startswith("cute_nvfp4") or (backend == "auto" and best)
+    if named and activations in ("nvfp4", "mxfp4") and cute_unavailable(device) is None:
+        return SM120 if format == activations else "rows"
+    if activations == "mxfp4":
+        return "rows"
     why = cute_plan.unavailable(device) or cute_plan.refuse_format(format, activations)
     if backend in ("auto", "cute") and why is None:
         return cute_plan.LAYOUTS[activations]

@@ -16,7 +16,7 @@ DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PACKED = {"sm80_w4_bf16": "bf16", "sm80_w4_fp16": "fp16"}
 HOPPER = sm90_rs_w4.COMPUTE
 # codes in rows, scales as the block-scaled MMA of SM120 reads them
-SM120 = "sm120_nvfp4"
+SM120 = "sm120_fp4"
 LAYOUTS = ("rows", *PACKED, *HOPPER, SM120)
 
 
@@ -34,7 +34,7 @@ class PackedWeight:
         layout: where the bytes sit: "rows", row-major as in the checkpoint; "sm80_w4_bf16" or
             "sm80_w4_fp16" (cutemoe/layouts/sm80_w4.py), whose data, scale and factor differ;
             "sm90_rs_w4", "sm90_rs_w4_fp16" or "sm90_rs_w4_fp8" (sm90_rs_w4.py), whose scales are
-            within data; or "sm120_nvfp4", whose scale is in layout "sm120_block_scale".
+            within data; or "sm120_fp4", whose scale is in layout "sm120_block_scale".
         group_size: values of the last dimension that share a scale; None if dense or fp8.
         shape: (G, N, Kdim) of the values.
         order: of the rows in layouts "sm90_rs_w4..": "plain", or how gates and ups were given.
@@ -121,7 +121,8 @@ class PackedWeight:
             )
         if self.layout == SM120:
             groups, n, k = self.shape
-            scale = SM120_BLOCK_SCALE.unpack(self.scale, (groups, n, k // 16))
+            blocks = k // (self.group_size or 16)
+            scale = SM120_BLOCK_SCALE.unpack(self.scale, (groups, n, blocks))
             return QuantizedTensor(self.data, scale, self.factor, format=self.format)
         return sm80_w4.unpack(
             self.data,
@@ -176,8 +177,8 @@ def _packed(w: PackedWeight, layout: str, order: str) -> PackedWeight:
 
 
 def _pack_sm120(w: PackedWeight) -> PackedWeight:
-    """nvfp4 weights in rows -> their scales swizzled; others as they are."""
-    if w.format != "nvfp4" or w.scale is None:
+    """FP4 weights in rows -> their scales swizzled; others as they are."""
+    if w.format not in ("nvfp4", "mxfp4") or w.scale is None:
         return w
     # copies of 16 bytes read the codes
     data = w.data if w.data.data_ptr() % 16 == 0 else w.data.clone()

@@ -1,4 +1,4 @@
-"""Compiles the kernels of a NVFP4 layer: the tensors they expect, and no tensor.
+"""Compiles the kernels of an FP4 layer: the tensors they expect, and no tensor.
 
 Launches go to the current stream of torch. `options` are further ones of cute.compile.
 """
@@ -10,6 +10,7 @@ from cutemoe.moe.cute_nvfp4_fc1 import FC1
 from cutemoe.moe.cute_nvfp4_fc2 import FC2
 from cutemoe.moe.cute_nvfp4_fused import Fused
 from cutemoe.moe.cute_nvfp4_plan import (
+    GROUP,
     FC2Config,
     FusedConfig,
     GemmConfig,
@@ -40,8 +41,8 @@ def build_quantise(c: RowsConfig, options: str = ""):
         _rows(IDS[c.ids], (T, K), IDS[c.ids].width // 8),
         _list(Int32, R),
         _list(Int32),
-        _list(Float32),
-        _rows(Int32, (R, cute.sym_int(divisibility=2)), 8),
+        _list(Float32) if c.group == GROUP["nvfp4"] else None,
+        _rows(Int32, (R, cute.sym_int(divisibility=c.group // 8)), c.group // 2),
         _rows(Uint8, (R, cute.sym_int(divisibility=4)), 4),
         Int32(0),
     )
@@ -53,7 +54,7 @@ def build_fc1(c: GemmConfig, options: str = ""):
     operands, multipliers, bias = _gemm(c, R)
     params = _params(c)
     result = (_rows(Int32, (R, n()), 4), _rows(Uint8, (R, n(divisibility=4)), 4))
-    multipliers = (*multipliers, _list(Float32))
+    multipliers = (*multipliers, _list(Float32)) if c.scaled else None
     return _compile(
         FC1(c), options, operands, _tiles(R), multipliers, bias, params, result, Int32(1)
     )
@@ -76,9 +77,10 @@ def build_fused(c: FusedConfig, options: str = ""):
     x = _rows(DTYPES[c.quantise.dtype], (T, H), 16 if c.quantise.wide else 2)
     call = (x, *_out(c.fc2.rows, T, H, K), _y())
     xq, mid = _codes(R, c.fc1.vector), _codes(R, c.fc2.gemm.vector)
-    of_x, (f1, d1), b1 = _gemm(c.fc1, R)
-    of_mid, (f2, _), b2 = _gemm(c.fc2.gemm, R)
-    w13 = (*of_x[2:], f1, d1, _list(Float32), b1, _params(c.fc1))
+    of_x, m1, b1 = _gemm(c.fc1, R)
+    of_mid, m2, b2 = _gemm(c.fc2.gemm, R)
+    (f1, d1), (f2, d2) = m1 or (None, None), m2 or (None, None)
+    w13 = (*of_x[2:], f1, d1, d2, b1, _params(c.fc1))
     w2 = (*of_mid[2:], f2, b2)
     rows = (_list(Int32, R), *_sorted()[1:], _list(Int32))
     numbers = (Int32(0), Int32(1), Int32(1), Int32(1))
@@ -108,7 +110,7 @@ def _codes(R, vector):
     return (
         _rows(Uint8, (R, n()), vector),
         _rows(Uint8, (R, n(divisibility=4)), 4),
-        _rows(Int32, (R, n(divisibility=2)), 8),
+        _rows(Int32, (R, n(divisibility=vector // 4)), vector),
         _rows(Int32, (R, n()), 4),
     )
 
@@ -129,7 +131,9 @@ def _gemm(c: GemmConfig, R):
         _rows(Uint8, (E, N, width), c.vector),
         _rows(Int32, (E, cute.sym_int()), 16),
     )
-    multipliers = (_list(Float32, E) if c.factor else None, _list(Float32, E))
+    multipliers = None
+    if c.scaled:
+        multipliers = (_list(Float32, E) if c.factor else None, _list(Float32, E))
     return operands, multipliers, _rows(Float32, (E, N), 4) if c.bias else None
 
 

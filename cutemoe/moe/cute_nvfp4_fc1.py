@@ -1,8 +1,10 @@
 # pyright: reportAttributeAccessIssue=false
-"""FC1 of a NVFP4 layer: GEMM, bias, activation, and the result as codes of nvfp4.
+"""FC1 of an FP4 layer: GEMM, bias, activation, and the result as codes of the same format.
 
 Activation and quantisation happen on the float32 sums, in registers: a quad of lanes holds whole
-blocks of 16 outputs, so the greatest of a block is two shuffles away.
+blocks of 16 outputs, so the greatest of a block is two shuffles away. Of mxfp4, whose scales are
+for 32, the other block is in the same warp, or, where a warp has 32 rows of gates and ups, in the
+next one: then the greatest go through the shared memory that the stages have left.
 """
 
 import cuda.bindings.driver as cuda
@@ -10,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 
 from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
+from cutemoe.dsl.copy import put_word, shared_word
 from cutemoe.dsl.pdl import results_of_the_last_kernel
 from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
 from cutemoe.moe.cute_nvfp4_plan import GemmConfig
@@ -23,13 +26,14 @@ class FC1(ExpertGemm):
         self.codec = Codec(c.arch)
         # 16 outputs: two pairs of gate and up, or two of 8 rows of w
         self.per_block = 4 if c.gated else 2
+        self.group, self.pair = c.tile.group, c.tile.group // 16
 
     @cute.jit
     def __call__(
         self,
         operands: tuple,
         tiles: tuple,
-        multipliers: tuple,
+        multipliers: tuple | None,
         mBias,
         params: tuple,
         result: tuple,
@@ -47,12 +51,12 @@ class FC1(ExpertGemm):
 
     @cute.kernel
     def kernel(self, operands, tiles, multipliers, mBias, params, result):
-        """mid = nvfp4(activation(x w13^T + b13)).
+        """mid = codes of activation(x w13^T + b13).
 
-        operands: xq [R, H/2], its scale words [R, H/64], w13 [E, N, H/2], its swizzled scale words;
+        operands: xq [R, H/2], its scale words [R, ..], w13 [E, N, H/2], its swizzled scale words;
         tiles: (expert, first row, rows) [.., 3], count [1], sorted slots [R]; multipliers: of w13
-        [E] or None, of x [E], of mid [E]; params: alpha, beta, limit; result: codes [R, I/2] and
-        scales [R, 4 * ceil(I/64)].
+        [E] or None, of x [E], of mid [E], or None (mxfp4); params: alpha, beta, limit; result:
+        codes [R, I/2] and scales [R, ..], whole words of them.
         """
         program, _, _ = cute.arch.block_idx()
         results_of_the_last_kernel(self.pdl)
@@ -69,16 +73,18 @@ class FC1(ExpertGemm):
         blocks = self.blocks(operands)
         work = self.work(tiles[0], program // blocks, program % blocks)
         acc = self.product(operands, work, base)
-        self.finish(acc, work, multipliers, mBias, params, result, self.n_out(operands))
+        n_out = self.n_out(operands)
+        self.finish(acc, work, multipliers, mBias, params, result, n_out, base)
 
     @cute.jit
-    def finish(self, acc, work, multipliers, mBias, params, result, n_out):
-        """Bias, activation, quantisation; one block of 16 outputs of two rows at a time."""
-        mFactor, mX, mMid = multipliers
+    def finish(self, acc, work, multipliers, mBias, params, result, n_out, base):
+        """Bias, activation, quantisation, by blocks of 16 outputs of a row."""
+        mFactor, mX, mMid = self.each(multipliers, 3)
         m = self.multiplier(mFactor, mX, work.expert)
-        g = reciprocal(mMid[work.expert])
+        g = reciprocal(mMid[work.expert]) if const_expr(self.c.scaled) else None
         row, n0, t = self.position()
         values = self.parameters(params, work.expert)
+        found, greatest = [], []
         for q in range_constexpr(self.n_tiles // self.per_block):
             first = self.per_block * q
             j = work.j0 + (n0 + 8 * first) // (2 if const_expr(self.c.gated) else 1)
@@ -90,15 +96,56 @@ class FC1(ExpertGemm):
                         for e in range_constexpr(2):
                             n = 2 * h + e
                             if const_expr(self.c.gated):
-                                gate = acc[i][first + 2 * p][n] * m + bias[2 * p + e]
-                                up = acc[i][first + 2 * p + 1][n] * m + bias[4 + 2 * p + e]
+                                gate = self.times(acc[i][first + 2 * p][n], m) + bias[2 * p + e]
+                                up = self.times(acc[i][first + 2 * p + 1][n], m)
+                                up = up + bias[4 + 2 * p + e]
                                 x.append(self.gated(gate, up, values))
                             else:
-                                y = acc[i][first + p][n] * m + bias[2 * p + e]
+                                y = self.times(acc[i][first + p][n], m) + bias[2 * p + e]
                                 # a comparison keeps NaN
                                 y = Float32(0.0) if y < 0.0 else y
                                 x.append(y * y)
-                    self.store(x, g, row + 16 * i + 8 * h, j // 16, t, work, result, n_out)
+                    found.append((x, row + 16 * i + 8 * h, j // 16))
+                    greatest.append(self.greatest(x))
+        if const_expr(self.pair == 2):
+            greatest = self.of_both(greatest, found, t, base)
+        for i in range_constexpr(len(found)):
+            x, r, block = found[i]
+            self.store(x, greatest[i], g, r, block, t, work, result, n_out)
+
+    @cute.jit
+    def greatest(self, x):
+        """Bits of the greatest |x| of a block of 16, four of them in each lane of a quad."""
+        amax = absolute_bits(x[0])
+        for i in range_constexpr(3):
+            amax = greater(amax, absolute_bits(x[i + 1]))
+        for s in range_constexpr(2):
+            amax = greater(amax, cute.arch.shuffle_sync_bfly(amax, offset=1 << s))
+        return amax
+
+    @cute.jit
+    def of_both(self, greatest, found, t, base):
+        """The greatest of each block and of the one that has the same scale."""
+        rows = 2 * self.m_tiles
+        both = []
+        if const_expr(len(greatest) > rows):
+            for i in range_constexpr(len(greatest)):
+                # rows of a block, then the next block
+                other = i + rows if i // rows % 2 == 0 else i - rows
+                both.append(greater(greatest[i], greatest[other]))
+        else:
+            # of a CTA's 64 outputs four blocks, their rows side by side
+            cute.arch.sync_threads()
+            for i in range_constexpr(rows):
+                _, r, block = found[i]
+                if t == 0:
+                    put_word(base + (block % 4 * self.t.block_m + r) * 4, greatest[i])
+            cute.arch.sync_threads()
+            for i in range_constexpr(rows):
+                _, r, block = found[i]
+                other = shared_word(base + ((block ^ 1) % 4 * self.t.block_m + r) * 4)
+                both.append(greater(greatest[i], other))
+        return both
 
     def parameters(self, params, expert):
         """alpha, beta and limit of the expert."""
@@ -142,17 +189,10 @@ class FC1(ExpertGemm):
         return y
 
     @cute.jit
-    def store(self, x, g, row, block, t, work, result, n_out):
+    def store(self, x, amax, g, row, block, t, work, result, n_out):
         """Quantises a block of 16 outputs of a row, four of them in each lane of a quad."""
         mQ, mS = result
-        amax = absolute_bits(x[0])
-        for i in range_constexpr(3):
-            other = absolute_bits(x[i + 1])
-            amax = other if other > amax else amax
-        for s in range_constexpr(2):
-            other = cute.arch.shuffle_sync_bfly(amax, offset=1 << s)
-            amax = other if other > amax else amax
-        scale, r = self.codec.block_scale(amax, g)
+        scale, r = self.codec.scale_of(self.group, amax, g)
         words = []
         for p in range_constexpr(2):
             word = self.codec.byte_of_codes(x[2 * p], x[2 * p + 1], r) << (8 * t)
@@ -167,8 +207,20 @@ class FC1(ExpertGemm):
             else:
                 # what rounds a row up to whole scale words
                 scale = Uint32(0)
-            if t == 2 and block < mS.shape[1]:
-                mS[at, block] = Uint8(scale)
+            of, groups = block // self.pair, self.c.outputs // self.group
+            if t == 2 and block % self.pair == 0 and of < mS.shape[1]:
+                mS[at, of] = Uint8(scale)
+            if const_expr(groups < 4):
+                # 64 outputs have half a word; the other half may be nobody's
+                of = of + groups
+                if t == 3 and block % 2 == 0 and of < mS.shape[1] and of * self.group >= n_out:
+                    mS[at, of] = Uint8(0)
+
+
+@cute.jit
+def greater(x, y):
+    """The greater of two numbers."""
+    return x if x > y else y
 
 
 @cute.jit

@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""FC2 of a NVFP4 layer and the weighted sum of every token's slots, through a small scratch.
+"""FC2 of an FP4 layer and the weighted sum of every token's slots, through a small scratch.
 
 FC2 leaves float32 rows y in slot order; a token's sum takes its slots in ascending order with one
 rounding, so nothing is added up by atomics and every run gives the same bits. y of a whole layer
@@ -43,7 +43,7 @@ class FC2(ExpertGemm):
         self,
         operands: tuple,
         tiles: tuple,
-        multipliers: tuple,
+        multipliers: tuple | None,
         mBias,
         mY: cute.Tensor,
         call: tuple,
@@ -122,7 +122,7 @@ class FC2(ExpertGemm):
     @cute.jit
     def finish(self, acc, work, mSlots, multipliers, mBias, mY, H):
         """Bias and store, two neighbouring outputs of a row at a time."""
-        m = self.multiplier(multipliers[0], multipliers[1], work.expert)
+        m = self.multiplier(*self.each(multipliers, 2), work.expert)
         row, n0, t = self.position()
         rY = cute.make_rmem_tensor((2,), Float32)
         for i in range_constexpr(self.m_tiles):
@@ -134,7 +134,7 @@ class FC2(ExpertGemm):
                         n = work.j0 + n0 + 8 * j + 2 * t
                         if n < H:
                             for e in range_constexpr(2):
-                                rY[e] = acc[i][j][2 * h + e] * m
+                                rY[e] = self.times(acc[i][j][2 * h + e], m)
                                 if const_expr(self.c.bias):
                                     rY[e] = rY[e] + mBias[work.expert, n + e]
                             cute.autovec_copy(rY, cute.local_tile(gY, (2,), (n // 2,)))

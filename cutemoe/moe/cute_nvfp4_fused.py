@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""A NVFP4 layer as one persistent cooperative launch: the stages of the pipeline between barriers.
+"""An FP4 layer as one persistent cooperative launch: the stages of the pipeline between barriers.
 
     phase     sort | quantise | FC1 | FC2 with the sums of tokens, each with all CTAs, a grid
               barrier after each but the last

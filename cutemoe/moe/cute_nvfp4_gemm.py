@@ -1,8 +1,8 @@
 # pyright: reportAttributeAccessIssue=false
 """The GEMM of both layers: block_m routed rows of one expert times 128 rows of its weights.
 
-Rows are in sorted order, so those of a tile lie one after the other; both operands are codes of
-nvfp4 with one scale word for 64 codes.
+Rows are in sorted order, so those of a tile lie one after the other; both operands are codes with
+one word of four scales for 64 (nvfp4) or 128 of them (mxfp4).
 
 Threads   4 or 8 warps, warps_m along the rows, warps_n along the 128 rows of w; no roles
 Pipe      cp.async, `stages` deep, one commit a stage and thread, one barrier a stage
@@ -22,7 +22,7 @@ from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
 from cutemoe.dsl.copy import copy_async, matrices, shared_word
 from cutemoe.dsl.memory import SmemAllocator
-from cutemoe.dsl.mma import nvfp4_mma
+from cutemoe.dsl.mma import mxfp4_mma, nvfp4_mma
 from cutemoe.errors import Unsupported
 from cutemoe.moe.cute_nvfp4_plan import BLOCK_N, SMEM_LIMIT, GemmConfig, has_pdl
 
@@ -49,16 +49,16 @@ class ExpertGemm:
             )
         self.c, self.t = c, t
         self.pdl = has_pdl(c.arch)
-        self.policy = nvfp4_mma(c.arch)
+        self.policy = nvfp4_mma(c.arch) if c.scaled else mxfp4_mma(c.arch)
         self.pitch = t.block_k // 2
-        self.steps = t.block_k // 64
+        self.steps, self.words = t.block_k // 64, t.words
         self.warp_m, self.warp_n = t.block_m // t.warps_m, BLOCK_N // t.warps_n
         self.m_tiles, self.n_tiles = self.warp_m // 16, self.warp_n // 8
         self.chunks = self.pitch // c.vector
         self.pass_rows = t.threads // self.chunks
         self.b_at = t.block_m * self.pitch
         self.sa_at = self.b_at + BLOCK_N * self.pitch
-        self.sb_at = self.sa_at + 4 * t.block_m * self.steps
+        self.sb_at = self.sa_at + 4 * t.block_m * self.words
 
     def weight_row(self, r, j0, N):
         """Row of w behind row r of B, at most the last.
@@ -150,18 +150,19 @@ class ExpertGemm:
     def load_scales(self, s, k, stage):
         """Starts the copies of the scale words of stage k."""
         threads, m = self.t.threads, self.t.block_m
-        for i in range_constexpr(-(-m * self.steps // threads)):
-            step = s.tid // m + i * (threads // m)
-            word = k * self.steps + step
-            if step < self.steps:
+        for i in range_constexpr(-(-m * self.words // threads)):
+            one = s.tid // m + i * (threads // m)
+            word = k * self.words + one
+            if one < self.words:
                 live = word < s.words and s.sa_row < s.rows
-                to = stage + self.sa_at + (step * m + s.sa_row) * 4
+                to = stage + self.sa_at + (one * m + s.sa_row) * 4
                 copy_async(to, s.sa + Int64(word * 4), 4, live)
-        for i in range_constexpr(BLOCK_N * self.steps // threads):
-            step = s.tid // BLOCK_N + i * (threads // BLOCK_N)
-            word = k * self.steps + step
-            to = stage + self.sb_at + (step * BLOCK_N + s.tid % BLOCK_N) * 4
-            copy_async(to, s.sb + Int64(word) * 512, 4, word < s.words)
+        for i in range_constexpr(-(-BLOCK_N * self.words // threads)):
+            one = s.tid // BLOCK_N + i * (threads // BLOCK_N)
+            word = k * self.words + one
+            if one < self.words:
+                to = stage + self.sb_at + (one * BLOCK_N + s.tid % BLOCK_N) * 4
+                copy_async(to, s.sb + Int64(word) * 512, 4, word < s.words)
 
     # ---- stages to sums
 
@@ -210,16 +211,18 @@ class ExpertGemm:
         sa_at = stage + self.sa_at + (m0 + g + t % 2 * 8) * 4
         sb_at = stage + self.sb_at + (n0 + g) * 4
         for k in range(self.steps):
+            # mxfp4: a word has the scales of two steps
+            word, *half = (k,) if self.c.scaled else (k // 2, k % 2)
             a = []
             for i in range(self.m_tiles):
                 words = matrices((a_at + i * 16 * self.pitch) ^ (32 * k))
-                scales = shared_word(sa_at + (k * self.t.block_m + 16 * i) * 4)
-                a.append(self.policy.a(words, scales))
+                scales = shared_word(sa_at + (word * self.t.block_m + 16 * i) * 4)
+                a.append(self.policy.a(words, scales, *half))
             for j in range(0, self.n_tiles, 2):
                 words = matrices((b_at + j * 8 * self.pitch) ^ (32 * k))
                 for h in range(2):
-                    scales = shared_word(sb_at + (k * BLOCK_N + 8 * (j + h)) * 4)
-                    b = self.policy.b(words[2 * h : 2 * h + 2], scales)
+                    scales = shared_word(sb_at + (word * BLOCK_N + 8 * (j + h)) * 4)
+                    b = self.policy.b(words[2 * h : 2 * h + 2], scales, *half)
                     for i in range(self.m_tiles):
                         self.policy.mma(acc[i][j + h], a[i], b)
 
@@ -230,10 +233,18 @@ class ExpertGemm:
         m0, n0 = warp % self.t.warps_m * self.warp_m, warp // self.t.warps_m * self.warp_n
         return m0 + lane // 4, n0, lane % 4
 
+    def each(self, multipliers, n):
+        """The n multipliers; the DSL takes no tuple of nothing but None."""
+        return (None,) * n if multipliers is None else multipliers
+
     def multiplier(self, mFactor, mScale, expert):
-        """What the sums of an expert still lack: the multipliers of activations and of weights."""
-        m = mScale[expert]
-        return m * mFactor[expert] if self.c.factor else m
+        """What the sums of an expert still lack, of activations and of weights; None is nothing."""
+        found = [x[expert] for x in (mScale, mFactor) if x is not None]
+        return found[0] * found[1] if len(found) == 2 else (found or [None])[0]
+
+    def times(self, x, m):
+        """x * m, for a multiplier that may be None."""
+        return x if m is None else x * m
 
 
 @cute.jit

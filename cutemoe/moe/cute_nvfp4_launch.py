@@ -53,7 +53,7 @@ fused = compiled(build_fused)
 
 
 def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
-    """The CuTe back end of `fused_moe` for NVFP4 weights and activations.
+    """The CuTe back end of `fused_moe` for weights and activations in NVFP4, or in MXFP4.
 
     Raises:
         Unsupported: the codes of the weights are not aligned to 16 bytes.
@@ -120,7 +120,7 @@ def _pipeline(problem: Problem, c: FusedConfig, t: MoETensors, w: dict[str, torc
     fc1(c.fc1)(
         (xq[0], xq[3], t.w13.data, _scales(t.w13.scale)),
         tiles,
-        (t.w13.factor, t.input_scale1, t.input_scale2),
+        _multipliers(t.w13.factor, t.input_scale1, t.input_scale2),
         t.b13,
         _params(t),
         (mid[2], mid[1]),
@@ -132,7 +132,7 @@ def _pipeline(problem: Problem, c: FusedConfig, t: MoETensors, w: dict[str, torc
     fc2(c.fc2)(
         (mid[0], mid[3], t.w2.data, _scales(t.w2.scale)),
         tiles,
-        (t.w2.factor, t.input_scale2),
+        _multipliers(t.w2.factor, t.input_scale2),
         t.b2,
         y,
         (t.ids, t.weights, t.out),
@@ -179,6 +179,11 @@ def _fused(
 def _params(t: MoETensors) -> tuple[Any, ...]:
     """alpha, beta and limit of the activation; a limit that does not exist is not read."""
     return t.alpha, t.beta, 0.0 if t.limit is None else t.limit
+
+
+def _multipliers(*each: torch.Tensor | None) -> tuple[torch.Tensor | None, ...] | None:
+    """Multipliers of a GEMM; None where there are none, as in mxfp4."""
+    return None if all(m is None for m in each) else each
 
 
 def _codes(w: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, ...]:

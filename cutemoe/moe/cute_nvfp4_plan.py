@@ -1,8 +1,11 @@
-"""What the CuTe kernels of NVFP4 layers run, and the configurations they are compiled for.
+"""What the CuTe kernels of NVFP4 and MXFP4 layers run, and what they are compiled for.
+
+Both operands have the same format: codes of e2m1 with e4m3 scales for 16 and multipliers for
+experts (nvfp4), or with e8m0 scales for 32 and nothing else (mxfp4).
 
 They are made for SM120 and SM121: no TMA, no cluster, at most SMEM_LIMIT bytes of shared memory.
-On other cards from sm_80 on they run the same code with the block-scaled MMA emulated, slower than
-the Triton kernels, so a layer runs there only where it was prepared with backend="cute_nvfp4".
+On other cards from sm_80 on they run the same code with the block-scaled MMA emulated. NVFP4 is
+faster there in the Triton kernels, so such a layer must be prepared with backend="cute_nvfp4".
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from cutemoe.runtime.device import Device
 # of a CTA on SM120 and SM121, less than on any other card that runs this but sm_86 and sm_89
 SMEM_LIMIT = 101376
 MAX_EXPERTS = 1024
+# format of both operands -> values that share a scale
+GROUP = {"nvfp4": 16, "mxfp4": 32}
 # cards that have the block-scaled MMA
 NATIVE = (120, 121)
 MAX_INDEX = 2**31 - 1
@@ -41,6 +46,7 @@ class Tile:
         block_k: codes of a row that one stage of the pipeline holds, 128 or 256.
         stages: depth of the pipeline.
         warps_m, warps_n: warps along the rows and along BLOCK_N; each owns 32 or 64 rows of w.
+        group: codes that share a scale, 16 (nvfp4) or 32 (mxfp4).
     """
 
     block_m: int
@@ -48,6 +54,7 @@ class Tile:
     stages: int
     warps_m: int
     warps_n: int
+    group: int = 16
 
     @property
     def threads(self) -> int:
@@ -55,9 +62,14 @@ class Tile:
         return 32 * self.warps_m * self.warps_n
 
     @property
+    def words(self) -> int:
+        """Scale words of a row in a stage."""
+        return self.block_k // (4 * self.group)
+
+    @property
     def stage_bytes(self) -> int:
-        """Codes of both operands, and a scale word for every row and 64 codes."""
-        return (self.block_m + BLOCK_N) * (self.block_k // 2 + 4 * (self.block_k // 64))
+        """Codes of both operands, and words of four scales."""
+        return (self.block_m + BLOCK_N) * (self.block_k // 2 + 4 * self.words)
 
     @property
     def smem_bytes(self) -> int:
@@ -105,6 +117,11 @@ class GemmConfig:
         return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
+    def scaled(self) -> bool:
+        """Activations have a multiplier for each expert, beside their block scales."""
+        return self.tile.group == GROUP["nvfp4"]
+
+    @property
     def outputs(self) -> int:
         """Outputs of a CTA."""
         return BLOCK_N // 2 if self.gated else BLOCK_N
@@ -137,6 +154,7 @@ class RowsConfig:
         ids: "int32" or "int64".
         flat: the ids lie one after the other.
         wide: every row of x or out starts at a multiple of 16 bytes.
+        group: values of x that share a scale.
     """
 
     arch: int
@@ -144,6 +162,7 @@ class RowsConfig:
     ids: str
     flat: bool = True
     wide: bool = True
+    group: int = 16
 
 
 @dataclass(frozen=True)
@@ -193,8 +212,9 @@ def refuse(problem: Problem, device: Device) -> str | None:
     p = problem
     if p.layout != SM120:
         return f"weights in layout {SM120!r}, got {p.layout!r} (prepare with backend='cute_nvfp4')"
-    if (p.weight, p.activations) != ("nvfp4", "nvfp4"):
-        return f"nvfp4 weights and activations, got {p.weight} and {p.activations}"
+    if p.weight != p.activations or p.weight not in GROUP:
+        both = "weights and activations both nvfp4 or both mxfp4"
+        return f"{both}, got {p.weight} and {p.activations}"
     if p.experts > MAX_EXPERTS:
         return f"local experts <= {MAX_EXPERTS}, got {p.experts}"
     rows, n13 = p.tokens * p.top_k, p.intermediate * (2 if p.gated else 1)
@@ -221,11 +241,12 @@ def _configured(problem: Problem, device: Device) -> Nvfp4Config:
     p = problem
     mean = p.tokens * p.top_k / p.experts
     block_m = next((m for m, most in ((16, 16), (32, 32), (64, 96)) if mean <= most), 128)
-    arch, tile = device.arch, TILES[block_m]
+    arch, group = device.arch, GROUP[p.weight]
+    tile = replace(TILES[block_m], group=group)
     bins = max(32, 1 << (p.experts - 1).bit_length())
     return Nvfp4Config(
         SortConfig(p.ids, bins, pdl=has_pdl(arch)),
-        RowsConfig(arch, p.dtype, p.ids),
+        RowsConfig(arch, p.dtype, p.ids, group=group),
         GemmConfig(
             arch,
             tile,

@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""The ends of a NVFP4 layer: rows of x to codes in sorted order, and slots of y to tokens."""
+"""The ends of an FP4 layer: rows of x to codes in sorted order, and slots of y to tokens."""
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
@@ -11,6 +11,7 @@ from cutlass import (
     Int64,
     Uint8,
     Uint32,
+    const_expr,
     range_constexpr,
 )
 
@@ -36,11 +37,12 @@ class Ids:
 
 
 class Quantise:
-    """The kernel for one RowsConfig: one CTA a sorted row, a thread a block of 16."""
+    """The kernel for one RowsConfig: one CTA a sorted row, a thread a block of 16 or 32."""
 
     def __init__(self, c: RowsConfig, threads: int = 128):
         self.threads = threads
         self.codec, self.ids, self.dtype = Codec(c.arch), Ids(c.flat), DTYPES[c.dtype]
+        self.group = c.group
         self.pdl = has_pdl(c.arch)
 
     @cute.jit
@@ -56,8 +58,8 @@ class Quantise:
         offset: Int32,
         stream: cuda.CUstream,
     ):
-        """x [T, H], ids [T, K], sorted slots [R], starts [E + 1], multipliers [E] -> codes as
-        words [R, H/8] and scales [R, 4 * ceil(H/64)] of the sorted rows."""
+        """x [T, H], ids [T, K], sorted slots [R], starts [E + 1], multipliers [E] or None (mxfp4)
+        -> codes as words [R, H/8] and scales, whole words of them, [R, ..] of the sorted rows."""
         self.kernel(mX, mIds, mSlots, mStart, mScale, mQ, mS, offset).launch(  # pyright: ignore
             grid=[cute.size(mSlots), 1, 1],
             block=[self.threads, 1, 1],
@@ -77,33 +79,35 @@ class Quantise:
         """One live sorted row."""
         tid, _, _ = cute.arch.thread_idx()
         slot = mSlots[row]
-        expert = Int32(self.ids.at(mIds, slot)) - offset
-        g = reciprocal(mScale[expert])
+        g = None
+        if const_expr(mScale is not None):
+            g = reciprocal(mScale[Int32(self.ids.at(mIds, slot)) - offset])
         gX, at = mX[slot // mIds.shape[1], None], Int64(row)
         for block in range(tid, mS.shape[1], self.threads):
             scale = Uint32(0)
-            if block * 16 < mX.shape[1]:
+            if block * self.group < mX.shape[1]:
                 scale = self.block(gX, mQ[at, None], block, g)
             mS[at, block] = Uint8(scale)
 
     @cute.jit
     def block(self, gX, gQ, block, g):
-        """Codes of 16 numbers, stored; their scale byte, returned."""
-        rX = cute.make_rmem_tensor((16,), self.dtype)
-        cute.autovec_copy(cute.local_tile(gX, (16,), (block,)), rX)
+        """Codes of the numbers of a block, stored; their scale byte, returned."""
+        group, words = self.group, self.group // 8
+        rX = cute.make_rmem_tensor((group,), self.dtype)
+        cute.autovec_copy(cute.local_tile(gX, (group,), (block,)), rX)
         amax = Uint32(0)
-        for i in range_constexpr(16):
+        for i in range_constexpr(group):
             bits = absolute_bits(Float32(rX[i]))
             amax = bits if bits > amax else amax
-        scale, r = self.codec.block_scale(amax, g)
-        rQ = cute.make_rmem_tensor((2,), Int32)
-        for i in range_constexpr(2):
+        scale, r = self.codec.scale_of(self.group, amax, g)
+        rQ = cute.make_rmem_tensor((words,), Int32)
+        for i in range_constexpr(words):
             word = Uint32(0)
             for j in range_constexpr(4):
                 low, high = Float32(rX[8 * i + 2 * j]), Float32(rX[8 * i + 2 * j + 1])
                 word = word | (self.codec.byte_of_codes(low, high, r) << (8 * j))
             rQ[i] = Int32(word)
-        cute.autovec_copy(rQ, cute.local_tile(gQ, (2,), (block,)))
+        cute.autovec_copy(rQ, cute.local_tile(gQ, (words,), (block,)))
         return scale
 
 

@@ -109,7 +109,7 @@ def prepare_moe(
         w2: [E, H, I], of the same format as w13. Both QuantizedTensor, or dense bf16 or fp16.
         b13, b2: biases [E, rows of w13] and [E, H], floating point, kept in float32.
         activations: format of both GEMM inputs: "bf16", "fp16", "fp8" (e4m3 with a scale for each
-            row) or "nvfp4" (blocks of 16 under one multiplier).
+            row), "nvfp4" (blocks of 16 under one multiplier) or "mxfp4" (blocks of 32).
         gate_up: "gate_up" (gate row j, up row I+j), "up_gate" or "interleaved" (2j, 2j+1).
         input_scale: (FC1, FC2), each a number or [E] tensor. fp8: static scales, or one for both;
             None takes amax/448 of every row. nvfp4: global multipliers, None is 1.
@@ -162,8 +162,9 @@ def _check_pair(w13: PackedWeight, w2: PackedWeight, activations: str) -> None:
     if (w13.format, w13.group_size) != (w2.format, w2.group_size):
         want = f"the format of w13, {w13.format} with groups of {w13.group_size}"
         raise invalid("w2", want, f"{w2.format} with groups of {w2.group_size}")
-    if activations == "nvfp4" and (hidden % 16 or inter % 16):
-        want = f"hidden and intermediate in multiples of 16 for {activations!r}"
+    block = {"nvfp4": 16, "mxfp4": 32}.get(activations, 1)
+    if hidden % block or inter % block:
+        want = f"hidden and intermediate in multiples of {block} for {activations!r}"
         raise invalid("activations", want, f"hidden {hidden}, intermediate {inter}")
 
 

@@ -12,7 +12,7 @@ from cutemoe.moe.tensors import MoETensors
 from cutemoe.moe.workspace import layout_of
 
 GATE_UP = ("gate_up", "up_gate", "interleaved")
-ACTIVATIONS = ("bf16", "fp16", "fp8", "nvfp4")
+ACTIVATIONS = ("bf16", "fp16", "fp8", "nvfp4", "mxfp4")
 IDS = {torch.int32: "int32", torch.int64: "int64"}
 
 
@@ -24,7 +24,8 @@ class Problem:
         tokens, hidden, intermediate, experts, top_k: T, H, I, E (local), K.
         gated: w13 holds gate and up rows.
         weight, group_size, layout: format of both weights, values per scale, place of the bytes.
-        activations: format of both GEMM inputs, "bf16", "fp16", "fp8" or "nvfp4".
+        activations: format of both GEMM inputs, "bf16", "fp16", "fp8", "nvfp4" or
+            "mxfp4".
         dtype: of x and out, "bf16" or "fp16".
         gate_up: row order of w13: gate row j and up row j are rows j and I+j ("gate_up"), I+j and
             j ("up_gate"), or 2j and 2j+1 ("interleaved").

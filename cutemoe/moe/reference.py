@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from cutemoe.formats import e2m1, fp8, nvfp4
+from cutemoe.formats import FORMATS, e2m1, fp8, nvfp4
 from cutemoe.formats.format import grouped
 from cutemoe.gemm.reference import multiply
 from cutemoe.gemm.weight import PackedWeight
@@ -84,8 +84,8 @@ def quantised_rows(
     """Rows [rows, Kdim] as a GEMM reads them: values, and the multiplier of its sums.
 
     bf16 and fp16 round once. fp8: e4m3 of x / s with s = amax / 448 of the row, or the static
-    `scale` []. nvfp4: blocks of 16 under the global multiplier `scale` []; the values include the
-    block scales, exactly.
+    `scale` []. nvfp4: blocks of 16 under the global multiplier `scale` []. mxfp4: blocks of 32. Of
+    both the values include the block scales, exactly.
     """
     if activations in ROUNDED:
         return x.to(ROUNDED[activations]), None
@@ -93,6 +93,11 @@ def quantised_rows(
     if activations == "fp8":
         s = fp8.row_scale(x) if scale is None else scale
         return fp8.encode_with(x, s).to(torch.float32), s.reshape(-1, 1)
+    if activations == "mxfp4":
+        form = FORMATS["mxfp4"]
+        data, exponent = form.encode(x, 32, None)
+        values = grouped(form.decode(data), 32) * form.decode_scale(exponent)[..., None]
+        return values.flatten(-2), None
     if scale is None:
         scale = x.new_ones(())
     code, block_scale = nvfp4.encode_blocks(grouped(x, 16), 1.0 / scale)

@@ -13,8 +13,8 @@ slots come last, at or beyond expert_start[E].
 | mid | [R, I] | FC1 activation in sorted order: bf16 or fp16; float32 if it is quantised |
 | midq | [R, I] | values of the quantised FC2 input, as xq |
 | xq_scale, midq_scale | float32 [T], [R] | row scales of fp8 |
-| xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_nvfp4: codes of nvfp4 in sorted order |
-| xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I] | and their block scales; there is no mid |
+| xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_fp4: codes in sorted order |
+| xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I]; mxfp4 [R, 4 ceil(H/128)], .. [I] | and their block scales; there is no mid |
 | sync | int32 [4 + 2 ceil(H/128)] | there too: counters of CTAs that wait for one another |
 | y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
 | y | float32 [slots R, columns] | there: the same for some columns at once, in turn in the slots (`y_parts`), where xq was |
@@ -140,8 +140,9 @@ def _layout(
         wanted["sync"] = ((4 + 2 * -(-hidden // Y_BLOCK),), i32)
         for name, width in (("midq", intermediate), ("xq", hidden)):
             wanted[name] = ((rows, width // 2), torch.uint8)
-            wanted[f"{name}_scale"] = ((rows, -(-width // 64) * 4), torch.uint8)
-    elif activations in ("fp8", "nvfp4"):
+            word = 128 if activations == "mxfp4" else 64
+            wanted[f"{name}_scale"] = ((rows, -(-width // word) * 4), torch.uint8)
+    elif activations in ("fp8", "nvfp4", "mxfp4"):
         kept = torch.float8_e4m3fn if weights in HOPPER else bf16
         wanted["xq"] = ((rows if static_scale else tokens, hidden), kept)
         wanted["mid"] = ((rows, intermediate), f32)

@@ -185,6 +185,7 @@ def device(name: str, *edits: tuple[str, str]) -> Any:
     arch = types.SimpleNamespace(
         inline_ptx=inline_ptx,
         lane_idx=lambda: LANES.astype(np.int64),
+        sync_warp=lambda: None,
         shuffle_sync=lambda x, lane: type(x)(x.v[lane]),
     )
     found: dict[str, Any] = {

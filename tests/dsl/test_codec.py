@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from cutemoe.formats import nvfp4
+from cutemoe.formats import FORMATS, e2m1, nvfp4
 from tests import strategies as draw
 from tests.dsl.lanes import Float32, Uint32, device, e4m3
 
@@ -56,17 +56,26 @@ def test_e4m3_decode_of_every_byte(arch):
             assert float(codec.decode_e4m3(Uint32(byte)).v) == e4m3(byte)
 
 
-def quantised(blocks: torch.Tensor, g: float) -> tuple[list[int], list[list[int]]]:
-    """Scale bytes and codes [.., 16] of blocks, as the kernels compute them."""
+def quantised(blocks: torch.Tensor, g: float | None) -> tuple[list[int], list[list[int]]]:
+    """Scale bytes and codes of blocks [.., 16] or [.., 32], as the kernels compute them."""
     scales, codes = [], []
     for x in blocks.numpy():
         values = [Float32(v) for v in x]
         amax = max(int(CODEC.absolute_bits(v).v) for v in values)
-        s, r = SOFT.block_scale(Uint32(amax), Float32(g))
+        s, r = SOFT.scale_of(len(values), Uint32(amax), None if g is None else Float32(g))
         scales.append(int(s.v))
-        pairs = [int(SOFT.byte_of_codes(*values[i : i + 2], r).v) for i in range(0, 16, 2)]
+        pairs = [int(SOFT.byte_of_codes(*values[i : i + 2], r).v) for i in range(0, len(values), 2)]
         codes.append([c for p in pairs for c in (p & 15, p >> 4)])
     return scales, codes
+
+
+def test_blocks_of_mxfp4_equal_the_format_bit_for_bit():
+    x = draw.normal((60, 32), 5) * torch.exp2(30 * draw.normal((60, 1), 6))
+    x[0], x[1, 3], x[2, 5], x[3, 7] = 0.0, torch.nan, torch.inf, -torch.inf
+    x[4], x[5], x[6], x[7, 0] = -0.0, 1e-44, 3e38, 2.0**-126
+    x[8:40] = torch.exp2(torch.arange(-140, 116, 8.0))[:, None] * draw.normal((32, 32), 7)
+    data, scale = FORMATS["mxfp4"].encode(x, 32, None)
+    assert quantised(x, None) == (scale.flatten().tolist(), e2m1.unpack(data).tolist())
 
 
 @pytest.mark.parametrize("d", [1.0, 0.005, 3.7, 2.0**-118, 1e30])

@@ -152,21 +152,23 @@ def test_an_mxfp4_scale_of_255_breaks_its_row_and_column(arch):
 def test_every_pair_of_e8m0_scales():
     """The factors as float32 alone, against products of powers of two."""
     mma = device("mma")
-    x = np.float32(1152 / 4)
+    x = np.float32(1152)
     s, r = (g.flatten() for g in np.meshgrid(np.arange(256), np.arange(256)))
     with np.errstate(all="ignore"):
-        want = (4.0 * float(x) * e8m0(s) * e8m0(r)).astype(np.float32)
-    mma.times_e8m0.__globals__["Float32"] = Float32
-    got = mma.times_e8m0(Float32(np.full(s.shape, x)), Uint32(s), Uint32(r)).v
+        want = (float(x) * e8m0(s) * e8m0(r)).astype(np.float32)
+    a, b = (mma.factors_of_e8m0(Uint32(byte)) for byte in (s, r))
+    got = mma.times_scales(Float32(np.full(s.shape, x)), a, b).v
     assert np.array_equal(got, want, equal_nan=True)
+    zero = mma.times_scales(Float32(np.zeros(s.shape)), a, b).v
+    assert np.array_equal(np.isnan(zero), (s == 255) | (r == 255)) and not zero[zero == zero].any()
 
 
 MX_BUGS = {
     "columns of the next quad": ("8 * t + 4 * i)", "8 * t + 4 * (1 - i))"),
-    "rows swapped": ("a[1], quad + i)", "a[1], quad + 1 - i)"),
-    "scales of the other block": ("16 * a[2] + 8 * block", "16 * a[2] + 8 - 8 * block"),
-    "the other half of the word": ("16 * b[2] + 8 * block", "16 - 16 * b[2] + 8 * block"),
-    "B in another order of k": ("(b[0][block] >>", "(b[0][1 - block] >>"),
+    "rows swapped": ("scales, quad + i)", "scales, quad + 1 - i)"),
+    "scales of the other block": ("rows, half, block)", "rows, half, 1 - block)"),
+    "the other half of the word": ("columns, half, block)", "columns, 1 - half, block)"),
+    "B in another order of k": ("(words[block] >>", "(words[1 - block] >>"),
 }
 
 

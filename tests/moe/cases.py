@@ -33,8 +33,16 @@ SUPPORTED = (
     ("int4", "fp16"),
     ("int4", "fp8"),
 )
-TORCH_ONLY = (("fp8", "bf16"), ("fp8", "fp8"), ("mxfp4", "nvfp4"), ("bf16", "fp8"))
-COMBINATIONS = SUPPORTED + TORCH_ONLY
+TORCH_ONLY = (
+    ("fp8", "bf16"),
+    ("fp8", "fp8"),
+    ("mxfp4", "nvfp4"),
+    ("nvfp4", "mxfp4"),
+    ("bf16", "fp8"),
+)
+# both operands of the kernels for SM120
+FP4 = ("nvfp4", "mxfp4")
+COMBINATIONS = (*SUPPORTED, ("mxfp4", "mxfp4"), *TORCH_ONLY)
 
 
 @dataclass(frozen=True)
@@ -249,6 +257,8 @@ def operand(
     if isinstance(given, tuple):
         given = given[which]
     s = None if given is None else torch.as_tensor(given, dtype=torch.float32).expand(layer.experts)
+    if layer.activations == "mxfp4":
+        return cutemoe.quantize(a, "mxfp4").dequantize(dtype)
     if layer.activations == "nvfp4":
         d = 1.0 if s is None else s[expert]
         return cutemoe.quantize(a, "nvfp4", global_scale=d).dequantize(dtype)

@@ -1,4 +1,4 @@
-"""The CuTe back end of NVFP4 layers: what it refuses, where weights go for it, what it keeps."""
+"""The CuTe back end of NVFP4 and MXFP4 layers: what it refuses, where weights go, what it keeps."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from cutemoe.runtime.backend import choose, explain
 from cutemoe.runtime.device import Device
 from tests import strategies as draw
 from tests.close import assert_same
-from tests.moe.cases import SATURATED, Target, exact_layer, exact_x, random_layer
+from tests.moe.cases import FP4, SATURATED, Target, exact_layer, exact_x, random_layer
 from tests.poison import Poison
 
 pytest.importorskip("cutlass")
@@ -38,23 +38,27 @@ GOOD = Problem(
     activation="swiglu", per_expert_params=True, has_limit=True, has_b13=True, has_b2=True,
     static_scale=True, ids="int32", expert_offset=0, deterministic=True,
 )  # fmt: skip
+MXFP4 = replace(GOOD, weight="mxfp4", activations="mxfp4", group_size=32, static_scale=False)
+BOTH = pytest.mark.parametrize("format", FP4)
 CUTE = next(b for b in plan.BACKENDS if b.name == "cute_nvfp4")
 TRITON = next(b for b in plan.BACKENDS if b.name == "triton")
 
 
 @pytest.mark.parametrize("device", [RTX, SPARK, H200], ids=str)
 @pytest.mark.parametrize("change", [{}, {"top_k": 32, "experts": 1024}, {"tokens": 100_000}])
-def test_what_is_promised_runs(change, device):
-    assert CUTE.reason(replace(GOOD, **change), device) is None
-    assert choose("fused_moe", plan.BACKENDS, replace(GOOD, **change), device, "auto") is CUTE
+@pytest.mark.parametrize("good", [GOOD, MXFP4], ids=FP4)
+def test_what_is_promised_runs(good, change, device):
+    problem = replace(good, **change)
+    assert CUTE.reason(problem, device) is None
+    assert choose("fused_moe", plan.BACKENDS, problem, device, "auto") is CUTE
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"layout": "rows"}, "layout 'sm120_nvfp4', got 'rows' (prepare with backend='cute_nvf"),
-        ({"weight": "mxfp4"}, "nvfp4 weights and activations, got mxfp4 and nvfp4"),
-        ({"activations": "bf16"}, "nvfp4 weights and activations, got nvfp4 and bf16"),
+        ({"layout": "rows"}, "layout 'sm120_fp4', got 'rows' (prepare with backend='cute_nvf"),
+        ({"weight": "mxfp4"}, "both nvfp4 or both mxfp4, got mxfp4 and nvfp4"),
+        ({"activations": "bf16"}, "both nvfp4 or both mxfp4, got nvfp4 and bf16"),
         ({"experts": 1025}, "local experts <= 1024, got 1025"),
         ({"tokens": 2**28}, "tokens * top_k, and tiles of a GEMM, <= 2147483647"),
         ({"tokens": 2**27, "hidden": 8192}, "and tiles of a GEMM, <= 2147483647"),
@@ -116,15 +120,37 @@ def test_weights_sit_where_their_back_end_wants_them(activations, backend, devic
     assert weight_layout("nvfp4", activations, backend, device) == where
 
 
-@pytest.mark.parametrize(("n", "k"), [(128, 64), (96, 80), (48, 16), (300, 272)])
-def test_packed_weights_come_back(n, k):
-    q = draw.exact_quantized("nvfp4", (3, n, k), 1)
-    q = cutemoe.QuantizedTensor(q.data, q.scale, torch.ones(3), format="nvfp4")
+@pytest.mark.parametrize(
+    ("weight", "backend", "device", "where"),
+    [
+        ("mxfp4", "auto", RTX, SM120),
+        # nothing else runs it
+        ("mxfp4", "auto", H200, SM120),
+        ("mxfp4", "cute_nvfp4_static", H200, SM120),
+        ("mxfp4", "triton", H200, "rows"),
+        ("mxfp4", "auto", V100, "rows"),
+        ("mxfp4", "auto", Device("cpu"), "rows"),
+        ("nvfp4", "auto", RTX, "rows"),
+    ],
+)
+def test_weights_for_mxfp4_activations(weight, backend, device, where):
+    assert weight_layout(weight, "mxfp4", backend, device) == where
+
+
+@pytest.mark.parametrize(
+    ("format", "n", "k"),
+    [("nvfp4", *s) for s in [(128, 64), (96, 80), (48, 16), (300, 272)]]
+    + [("mxfp4", *s) for s in [(128, 128), (96, 96), (48, 32), (300, 288)]],
+)
+def test_packed_weights_come_back(format, n, k):
+    q = draw.exact_quantized(format, (3, n, k), 1)
+    if format == "nvfp4":
+        q = cutemoe.QuantizedTensor(q.data, q.scale, torch.ones(3), format="nvfp4")
     packed = PackedWeight.of(q, layout=SM120)
     assert packed.layout == SM120 and packed.data.data_ptr() == q.data.data_ptr()
     back = packed.unpack()
     assert isinstance(back, cutemoe.QuantizedTensor)
-    for name in ("data", "scale", "global_scale"):
+    for name in ("data", "scale", "global_scale")[: 3 if format == "nvfp4" else 2]:
         assert_same(getattr(back, name).view(torch.uint8), getattr(q, name).view(torch.uint8))
     one = packed.group(1)
     assert one.layout == "rows" and one.shape == (1, n, k)
@@ -140,12 +166,13 @@ def test_codes_that_are_not_aligned_are_copied():
 
 
 def test_other_formats_stay_in_rows():
-    q = draw.exact_quantized("mxfp4", (2, 16, 32), 1)
+    q = draw.exact_quantized("int4", (2, 16, 128), 1)
     assert PackedWeight.of(q, layout=SM120).layout == "rows"
 
 
-def test_the_reference_runs_a_layer_that_was_packed_for_it():
-    layer = exact_layer("nvfp4", "nvfp4")
+@BOTH
+def test_the_reference_runs_a_layer_that_was_packed_for_it(format):
+    layer = exact_layer(format, format)
     rows = layer.prepared()
     w13, w2 = (PackedWeight.of(w, layout=SM120) for w in (layer.w13, layer.w2))
     packed = replace(rows, w13=w13, w2=w2)
@@ -195,9 +222,9 @@ def test_parts_of_y_fit_and_cover_it(rows, hidden):
         assert (slots, columns) == (1, hidden)
 
 
-def packed_layer(**kwargs):
+def packed_layer(format="nvfp4", **kwargs):
     """A prepared layer on the CPU with its weights where the kernels want them."""
-    layer = exact_layer("nvfp4", "nvfp4", **kwargs)
+    layer = exact_layer(format, format, **kwargs)
     w13, w2 = (PackedWeight.of(w, layout=SM120) for w in (layer.w13, layer.w2))
     return layer, replace(layer.prepared(), w13=w13, w2=w2)
 
@@ -215,8 +242,8 @@ def launches(monkeypatch, style, moe, layer, x, ids, weights, activation=SATURAT
         monkeypatch.setattr(launch, name, kernel)
     t, _ = api._tensors(x, moe, ids, weights, activation, None, None, "auto")
     problem = Problem.of(
-        t, activations="nvfp4", gate_up=layer.gate_up, activation="swiglu", expert_offset=3,
-        deterministic=True,
+        t, activations=layer.activations, gate_up=layer.gate_up, activation="swiglu",
+        expert_offset=3, deterministic=True,
     )  # fmt: skip
     config = replace(cute_nvfp4_plan.configure(problem, RTX), style=style)
     launch.run(problem, config, t)
@@ -272,6 +299,13 @@ def test_codes_that_lost_their_alignment_are_refused(monkeypatch):
 GPU = Target("cute_nvfp4", "cuda")
 
 
+def sized(format, H, I, **kwargs):  # noqa: E741
+    """A random layer of about these sizes."""
+    block = {"nvfp4": 16, "mxfp4": 32}[format]
+    H, I = (-(-n // block) * block for n in (H, I))  # noqa: E741
+    return random_layer(format, format, H=H, I=I, seed=5, **kwargs)
+
+
 def run(layer, x, ids, weights, **kwargs):
     moe = layer.prepared(GPU)
     x, ids, weights = GPU.put((x, ids, weights))
@@ -279,11 +313,12 @@ def run(layer, x, ids, weights, **kwargs):
 
 
 @pytest.mark.gpu
+@BOTH
 @pytest.mark.parametrize("tokens", [1, 40, 400])
-def test_a_token_has_the_same_bits_in_every_batch(tokens):
-    layer = random_layer("nvfp4", "nvfp4", E=4, H=320, I=144, seed=5)
+def test_a_token_has_the_same_bits_in_every_batch(format, tokens):
+    layer = sized(format, 320, 144, E=4)
     r = draw.Routing(T=tokens, K=2, E=4, offset=0, pattern="uniform", seed=6)
-    x = draw.normal((tokens, 320), 7, torch.bfloat16)
+    x = draw.normal((tokens, layer.hidden), 7, torch.bfloat16)
     ids, weights = r.ids(), r.weights()
     whole = run(layer, x, ids, weights)[1]
     for rows in (slice(0, 1), slice(tokens // 2, tokens)):
@@ -291,14 +326,15 @@ def test_a_token_has_the_same_bits_in_every_batch(tokens):
 
 
 @pytest.mark.gpu
+@BOTH
 @pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
-def test_a_graph_replays_with_new_tokens_and_routing(style):
-    layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
+def test_a_graph_replays_with_new_tokens_and_routing(format, style):
+    layer = sized(format, 256, 96, E=6)
     moe = layer.prepared(GPU)
     cases = []
     for seed in range(4):
         r = draw.Routing(T=24, K=3, E=6, offset=0, pattern=draw.PATTERNS[seed], seed=seed)
-        x = draw.normal((24, 256), seed + 9, torch.bfloat16)
+        x = draw.normal((24, layer.hidden), seed + 9, torch.bfloat16)
         cases.append(GPU.put((x, r.ids(), r.weights())))
     want = [
         cutemoe.fused_moe(x, moe, ids, weights, backend="cute_nvfp4") for x, ids, weights in cases
@@ -333,8 +369,8 @@ def direct(layer, args, style, ctas, *, space=None, out=None, activation=SATURAT
     x, ids, weights = args
     t, _ = api._tensors(x, moe, ids, weights, activation, out, space, "cute_nvfp4")
     problem = Problem.of(
-        t, activations="nvfp4", gate_up=layer.gate_up, activation="swiglu", expert_offset=0,
-        deterministic=True,
+        t, activations=layer.activations, gate_up=layer.gate_up, activation="swiglu",
+        expert_offset=0, deterministic=True,
     )  # fmt: skip
     config = cute_nvfp4_plan.configure(problem, Device.of(x.device))
     run(problem, replace(config, style=style, ctas=ctas or config.ctas), t)
@@ -356,44 +392,47 @@ def assert_repeats(layer, args, style, ctas, want):
 
 
 @pytest.mark.gpu
+@BOTH
 @pytest.mark.parametrize(("style", "ctas"), STYLED)
 @pytest.mark.parametrize("pattern", draw.PATTERNS)
 @pytest.mark.parametrize("tokens", [1, 9, 150])
-def test_one_launch_gives_the_bits_of_the_pipeline(style, ctas, pattern, tokens):
-    layer = random_layer("nvfp4", "nvfp4", E=6, H=544, I=208, seed=5, gate_up="interleaved")
+def test_one_launch_gives_the_bits_of_the_pipeline(format, style, ctas, pattern, tokens):
+    layer = sized(format, 544, 208, E=6, gate_up="interleaved")
     r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
-    args = GPU.put((draw.normal((tokens, 544), 7, torch.bfloat16), r.ids(), r.weights()))
+    args = GPU.put((draw.normal((tokens, layer.hidden), 7, torch.bfloat16), r.ids(), r.weights()))
     want = direct(layer, args, "pipeline", 0)
     assert_repeats(layer, args, style, ctas, want)
 
 
 @pytest.mark.gpu
+@BOTH
 @pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
 @pytest.mark.parametrize("pattern", ["uniform", "one expert", "skips"])
 @pytest.mark.parametrize(("tokens", "ctas"), [(3, 2), (150, 0), (150, 3), (700, 0)])
-def test_y_in_parts_gives_the_bits_of_a_whole_y(monkeypatch, style, pattern, tokens, ctas):
+def test_y_in_parts_gives_the_bits_of_a_whole_y(monkeypatch, format, style, pattern, tokens, ctas):
     from cutemoe.moe import cute_nvfp4_launch, workspace
 
-    layer = random_layer("nvfp4", "nvfp4", E=6, H=1200, I=208, seed=5)
+    layer = sized(format, 1200, 208, E=6)
     r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
-    args = GPU.put((draw.normal((tokens, 1200), 7, torch.bfloat16), r.ids(), r.weights()))
+    args = GPU.put((draw.normal((tokens, layer.hidden), 7, torch.bfloat16), r.ids(), r.weights()))
     monkeypatch.setattr(workspace, "WHOLE_Y", 1 << 30)
     cute_nvfp4_launch._layout.cache_clear()
     want = direct(layer, args, "pipeline", 0)
     monkeypatch.setattr(workspace, "WHOLE_Y", 0)
     cute_nvfp4_launch._layout.cache_clear()
-    # ten parts, the last of 48 columns
-    assert workspace.y_parts(tokens * 3, 1200) == (2, 128)
+    # ten parts, the last of 48 or 64 columns
+    assert workspace.y_parts(tokens * 3, layer.hidden) == (2, 128)
     assert_repeats(layer, args, style, ctas, want)
     cute_nvfp4_launch._layout.cache_clear()
 
 
 @pytest.mark.gpu
+@BOTH
 @pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
-def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(style):
-    layer = random_layer("nvfp4", "nvfp4", E=6, H=256, I=96, seed=5)
+def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(format, style):
+    layer = sized(format, 256, 96, E=6)
     r = draw.Routing(T=40, K=2, E=6, offset=0, pattern="skewed", seed=1)
-    args = GPU.put((draw.normal((40, 256), 7, torch.bfloat16), r.ids(), r.weights()))
+    args = GPU.put((draw.normal((40, layer.hidden), 7, torch.bfloat16), r.ids(), r.weights()))
     want = direct(layer, args, "pipeline", 0)
     busy = torch.cuda.Stream()
     noise = torch.randn(2048, 2048, device="cuda")
@@ -408,9 +447,10 @@ def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(style):
 
 
 @pytest.mark.gpu
-def test_extreme_values_of_x_and_weights():
+@BOTH
+def test_extreme_values_of_x_and_weights(format):
     """Zero rows, subnormal and saturated block scales, the greatest numbers, NaN and infinities."""
-    layer = random_layer("nvfp4", "nvfp4", E=2, H=64, I=48, seed=5, biases=False)
+    layer = sized(format, 64, 48, E=2, biases=False)
     x = draw.normal((12, 64), 1, torch.bfloat16)
     x[0], x[1, :16], x[2], x[3] = 0.0, 0.0, x[2] * 2.0**-20, x[3] * 2.0**100
     x[4, 20], x[5, 0], x[6, 63], x[7] = torch.nan, torch.inf, -torch.inf, -0.0

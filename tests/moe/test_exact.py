@@ -40,7 +40,9 @@ def test_every_combination_of_formats(target, format, activations, gate_up, rows
         assert_same(got, want.to(x.dtype))
 
 
-@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])
+@pytest.mark.parametrize(
+    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")]
+)
 @pytest.mark.parametrize("activation", EXACT, ids=str)
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "plain"])
 def test_every_exact_activation(target, format, activations, activation, biases):
@@ -64,7 +66,9 @@ def test_geglu_far_from_zero(target, approximate):
     assert_same(got, want.to(x.dtype))
 
 
-@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])
+@pytest.mark.parametrize(
+    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")]
+)
 def test_parameters_of_each_expert(target, format, activations):
     layer = exact_layer(format, activations)
     activation = cutemoe.SwiGLU(
@@ -110,9 +114,9 @@ def test_experts_without_rows_are_not_read_into_results(target):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("activations", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("activations", ["fp8", "nvfp4", "mxfp4"])
 def test_quantised_activations_take_both_dtypes(target, activations, dtype):
-    layer = exact_layer("nvfp4", activations)
+    layer = exact_layer("mxfp4" if activations == "mxfp4" else "nvfp4", activations)
     r = draw.Routing(T=5, K=2, E=5, offset=0, pattern="uniform", seed=5)
     x, ids, weights = exact_x(5, layer, 7).to(dtype), r.ids(), r.weights(exact=True)
     want = naive(layer, x, ids, weights, SATURATED, exact=True)
@@ -122,7 +126,8 @@ def test_quantised_activations_take_both_dtypes(target, activations, dtype):
 
 
 @pytest.mark.parametrize(
-    ("format", "activations"), [("mxfp4", "bf16"), ("bf16", "bf16"), ("nvfp4", "nvfp4")]
+    ("format", "activations"),
+    [("mxfp4", "bf16"), ("bf16", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")],
 )
 @settings(max_examples=draw.examples(0.7))
 @given(r=draw.routings(), seed=draw.seeds(), wide=st.booleans())

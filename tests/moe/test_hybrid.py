@@ -21,7 +21,7 @@ RTX = Device("cuda", 0, "RTX PRO 6000", 120, 188, 101376, True)
 H200 = Device("cuda", 0, "H200", 90, 132, 232448, True)
 LAYER = Problem(
     tokens=16, hidden=4096, intermediate=2048, experts=256, top_k=8, gated=True, weight="nvfp4",
-    group_size=16, layout="sm120_nvfp4", activations="nvfp4", dtype="bf16", gate_up="up_gate",
+    group_size=16, layout="sm120_fp4", activations="nvfp4", dtype="bf16", gate_up="up_gate",
     activation="swiglu", per_expert_params=True, has_limit=True, has_b13=True, has_b2=True,
     static_scale=True, ids="int32", expert_offset=0, deterministic=True,
 )  # fmt: skip

@@ -44,7 +44,8 @@ def test_opcheck_route(monkeypatch, method):
 
 
 @pytest.mark.parametrize(
-    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("fp16", "fp16")]
+    ("format", "activations"),
+    [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("fp16", "fp16")],
 )
 @pytest.mark.parametrize("full", [True, False], ids=["all", "few"])
 def test_opcheck_fused_moe(monkeypatch, format, activations, full):

@@ -306,6 +306,11 @@ def bad_cases() -> dict:
             "activations",
             {"w13": odd, "w2": odd2, "b13": None, "b2": None, "activations": "nvfp4"},
         ),
+        "activations width of mxfp4": (
+            "activations",
+            {"w13": odd, "w2": odd2, "b13": None, "b2": None, "activations": "mxfp4"},
+        ),
+        "input_scale mxfp4": ("input_scale", {"activations": "mxfp4", "input_scale": (1.0, 1.0)}),
         "gate_up": ("gate_up", {"gate_up": "interleave"}),
         "gate_up none": ("gate_up", {"gate_up": None}),
         "input_scale bf16": ("input_scale", {"input_scale": 1.0}),

@@ -17,6 +17,7 @@ from tests.moe.cases import SATURATED, Layer, Target, call, exact_layer, exact_x
 from tests.poison import kept
 
 FORMATS = [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("int4", "fp8"), ("mxfp4", "fp8")]
+FORMATS += [("mxfp4", "mxfp4")]
 pytestmark = pytest.mark.parametrize(("format", "activations"), FORMATS)
 SHARE = 0.2
 

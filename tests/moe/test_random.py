@@ -54,7 +54,8 @@ def test_every_combination_of_formats(target, format, activations):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize(
-    ("format", "activations"), [("mxfp4", "bf16"), ("fp16", "fp16"), ("nvfp4", "nvfp4")]
+    ("format", "activations"),
+    [("mxfp4", "bf16"), ("fp16", "fp16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")],
 )
 def test_every_activation(target, format, activations, activation):
     layer = random_layer(format, activations, gated=is_gated(activation), seed=9)
@@ -75,6 +76,7 @@ WIDTHS = [(32, 32), (160, 96), (96, 288), (544, 64)]
 @pytest.mark.parametrize(
     ("format", "activations", "H", "I"),
     [("mxfp4", "bf16", *w) for w in WIDTHS]
+    + [("mxfp4", "mxfp4", *w) for w in [*WIDTHS, (192, 224)]]
     + [("nvfp4", "nvfp4", *w) for w in [*WIDTHS, (16, 16), (80, 48), (272, 144)]],
 )
 def test_widths_that_no_tile_divides(target, format, activations, H, I):  # noqa: E741
@@ -91,7 +93,9 @@ def test_int4_groups(target, group):
     check(target, Layer(w13, w2, activations="fp8"), cutemoe.SwiGLU(), r, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])
+@pytest.mark.parametrize(
+    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")]
+)
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 65, 100, 300])
 def test_rows_on_one_expert_around_a_tile(target, format, activations, tokens):
     layer = random_layer(format, activations, E=3, seed=12)

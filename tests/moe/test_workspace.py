@@ -13,7 +13,9 @@ from tests.moe.cases import SATURATED, exact_layer, exact_x
 from tests.poison import Poison, kept
 
 KINDS = st.sampled_from([("bf16", False), ("fp16", False), ("fp8", False), ("fp8", True)])
-KINDS |= st.sampled_from([("nvfp4", True), ("nvfp4", True, "sm120_nvfp4")])
+KINDS |= st.sampled_from(
+    [("nvfp4", True), ("nvfp4", True, "sm120_fp4"), ("mxfp4", False, "sm120_fp4")]
+)
 KINDS |= st.sampled_from([("fp8", static, "sm90_rs_w4_fp8") for static in (False, True)])
 
 
@@ -28,7 +30,7 @@ KINDS |= st.sampled_from([("fp8", static, "sm90_rs_w4_fp8") for static in (False
 def test_parts_are_aligned_and_apart(T, K, E, H, I, kind):  # noqa: E741
     plan = layout(T, K, E, H, I, *kind)
     buffer = torch.empty(plan.nbytes, dtype=torch.uint8)
-    end, codes = 0, kind[2:] == ("sm120_nvfp4",)
+    end, codes = 0, kind[2:] == ("sm120_fp4",)
     for name, part in plan.parts.items():
         if name == "y" and codes:
             # nobody reads xq and its scales any more
