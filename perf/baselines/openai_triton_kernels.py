@@ -6,8 +6,8 @@ which 1 and 4 tokens take 2.4 times as long (one H200, 2026-11-21). Scales exist
 for 4 and 8 warps, and 4 serve up to FEW_TOKENS tokens: the better of the two on that card.
 
 Everything from the logits to the sum is timed. Routing is its own where it compiles: top_k a power
-of 2, softmax. Elsewhere ours chooses and sorts, and its kernels make their schedule of that; a
-handful of small torch kernels carry the indices over.
+of 2, softmax. Elsewhere our `route` chooses, torch sorts, and its kernels make their schedule of
+that: about ten small launches, which weigh on its times at few tokens.
 
 Its unit multiplies by up + 1. Where a workload has another beta and no limit, a bias of beta - 1 on
 the rows of up makes up for it; float32 keeps that exact to its last place.
@@ -26,7 +26,6 @@ from workloads import MoEWorkload
 import baselines
 import cutemoe
 from cutemoe.commands.oracle import Layer
-from cutemoe.triton_kernels import sort
 
 INSTALL = (
     "pip install "
@@ -35,8 +34,6 @@ INSTALL = (
 )
 # most tokens for the scale layout of 4 warps
 FEW_TOKENS = 256
-# rows of the schedule that our sort makes and nobody reads
-TILE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,15 +160,11 @@ def _our_routing(routing: Any, w: MoEWorkload, logits: torch.Tensor) -> tuple[An
     ids, weights = cutemoe.route(logits, w.top_k, **dict(w.routing))
     total = ids.numel()
     made: dict[str, Any] = {"dtype": torch.int32, "device": logits.device}
-    slots = torch.empty(total, **made)
-    start = torch.empty(w.experts + 1, **made)
-    tiles = torch.empty(min(w.experts, total) + total // TILE + 1, 3, **made)
-    scratch = torch.empty(total * w.experts // 128 + w.experts, **made)
-    rows = (slots, start, tiles, torch.empty(1, **made))
-    sort.sort(ids, w.experts, 0, TILE, rows, scratch)
-    order = slots.long()
+    experts, order = ids.flatten().sort(stable=True)
+    edges = torch.arange(w.experts + 1, **made)
+    counts = torch.searchsorted(experts, edges, out_int32=True).diff()
+    slots = order.int()
     place = torch.empty(total, **made).scatter_(0, order, torch.arange(total, **made))
-    counts = start.diff()
     schedule = routing.compute_expt_data(counts, w.experts, total)
     gate = weights.flatten()[order]
     data = routing.RoutingData(gate, counts, w.experts, w.top_k, schedule)
