@@ -54,7 +54,7 @@ def build_fc1(c: GemmConfig, options: str = ""):
     operands, multipliers, bias = _gemm(c, R)
     params = _params(c)
     result = (_rows(Int32, (R, n()), 4), _rows(Uint8, (R, n(divisibility=4)), 4))
-    multipliers = (*multipliers, _list(Float32)) if c.scaled else None
+    multipliers = None if multipliers is None else (*multipliers, _list(Float32))
     return _compile(
         FC1(c), options, operands, _tiles(R), multipliers, bias, params, result, Int32(1)
     )

@@ -81,7 +81,7 @@ class FC1(ExpertGemm):
         """Bias, activation, quantisation, by blocks of 16 outputs of a row."""
         mFactor, mX, mMid = self.each(multipliers, 3)
         m = self.multiplier(mFactor, mX, work.expert)
-        g = reciprocal(mMid[work.expert]) if const_expr(self.c.scaled) else None
+        g = self.inverse(mMid, work.expert)
         row, n0, t = self.position()
         values = self.parameters(params, work.expert)
         found, greatest = [], []
@@ -146,6 +146,10 @@ class FC1(ExpertGemm):
                 other = shared_word(base + ((block ^ 1) % 4 * self.t.block_m + r) * 4)
                 both.append(greater(greatest[i], other))
         return both
+
+    def inverse(self, mScale, expert):
+        """1 / the multiplier of an expert, or None where there is none."""
+        return None if mScale is None else reciprocal(mScale[expert])
 
     def parameters(self, params, expert):
         """alpha, beta and limit of the expert."""

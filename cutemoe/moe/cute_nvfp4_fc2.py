@@ -122,7 +122,8 @@ class FC2(ExpertGemm):
     @cute.jit
     def finish(self, acc, work, mSlots, multipliers, mBias, mY, H):
         """Bias and store, two neighbouring outputs of a row at a time."""
-        m = self.multiplier(*self.each(multipliers, 2), work.expert)
+        mFactor, mMid = self.each(multipliers, 2)
+        m = self.multiplier(mFactor, mMid, work.expert)
         row, n0, t = self.position()
         rY = cute.make_rmem_tensor((2,), Float32)
         for i in range_constexpr(self.m_tiles):

@@ -24,7 +24,7 @@ import cutemoe
 from cutemoe.moe import workspace
 from tests import strategies as draw
 from tests.gdn.cases import NATIVE, Case
-from tests.moe.cases import random_layer
+from tests.moe.cases import FP4, random_layer
 
 CUDA = torch.device("cuda")
 LAYERS = (
@@ -32,6 +32,7 @@ LAYERS = (
     ("mxfp4", "fp16"),
     ("nvfp4", "bf16"),
     ("nvfp4", "nvfp4"),
+    ("mxfp4", "mxfp4"),
     ("int4", "bf16"),
     ("int4", "fp8"),
     ("mxfp4", "fp8"),
@@ -56,7 +57,7 @@ def moe() -> Iterator[str]:
         here += ["cute_nvfp4_static", "cute_nvfp4_dynamic"]
     for backend in here:
         for format, activations in LAYERS:
-            if backend.startswith("cute_nvfp4_") and activations != "nvfp4":
+            if backend.startswith("cute_nvfp4_") and activations not in FP4:
                 continue
             layer = random_layer(format, activations, E=6, H=320, I=96, gate_up="interleaved")
             prepared = cutemoe.prepare_moe(
