@@ -274,8 +274,8 @@ def bad_cases() -> dict:
     per_row = cutemoe.QuantizedTensor(
         nv["w2"].data, nv["w2"].scale, torch.ones(E, H), format="nvfp4"
     )
-    odd = torch.zeros(E, 2 * 24, 40, dtype=torch.bfloat16)
-    odd2 = torch.zeros(E, 40, 24, dtype=torch.bfloat16)
+    odd: dict = {"w13": torch.zeros(E, 2 * 24, 40).bfloat16(), "b13": None, "b2": None}
+    odd["w2"] = torch.zeros(E, 40, 24).bfloat16()
     return {
         "w13 type": ("w13", {"w13": [1]}),
         "w13 rank": ("w13", {"w13": w13[0]}),
@@ -302,14 +302,8 @@ def bad_cases() -> dict:
         "b2 dtype": ("b2", {"b2": torch.zeros(E, H).bool()}),
         "activations": ("activations", {"activations": "int8"}),
         "activations dense": ("activations", {**dense, "activations": "fp16"}),
-        "activations width": (
-            "activations",
-            {"w13": odd, "w2": odd2, "b13": None, "b2": None, "activations": "nvfp4"},
-        ),
-        "activations width of mxfp4": (
-            "activations",
-            {"w13": odd, "w2": odd2, "b13": None, "b2": None, "activations": "mxfp4"},
-        ),
+        "activations width": ("activations", {**odd, "activations": "nvfp4"}),
+        "activations width of mxfp4": ("activations", {**odd, "activations": "mxfp4"}),
         "input_scale mxfp4": ("input_scale", {"activations": "mxfp4", "input_scale": (1.0, 1.0)}),
         "gate_up": ("gate_up", {"gate_up": "interleave"}),
         "gate_up none": ("gate_up", {"gate_up": None}),
