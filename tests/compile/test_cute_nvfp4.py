@@ -125,10 +125,12 @@ def test_the_other_kernels_compile_without_local_memory(kind, arch):
         ("build_quantise", replace(config.rows, wide=False, flat=False)),
         ("build_fc2", FC2Config(config.fc2, replace(config.rows, wide=False))),
     )
+    # the emulation of mxfp4 holds decoded operands and two scales each
+    gemm = 160 if arch == "sm_90a" and not config.fc1.scaled else 128
     for build, c in parts:
         found = ask(build, c, arch)
         assert found["local_bytes"] <= (limits.local_bytes() if build == "build_sort" else 0)
-        assert found["registers"] <= (64 if build != "build_fc2" else 128)
+        assert found["registers"] <= (gemm if build == "build_fc2" else 64)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
