@@ -92,6 +92,8 @@ def inline_ptx(text: str, write_only_types: list[type[Value]], read_only_args: l
     """What the text computes, in every lane."""
     args = [a if isinstance(a, Value) else Uint32(a) for a in read_only_args]
     kind = write_only_types[0]
+    if text == "mov.b32 {$w0}, 0;":
+        return kind(np.zeros(LANES.shape))
     if text.startswith("mma.sync"):
         parts = re.findall(r"\{(\{\$\w+\}(?:, \{\$\w+\})*|[02], 0)\}", text)
         groups = [[args[int(n)].v for n in re.findall(r"\$r(\d+)", p)] for p in parts]
@@ -196,7 +198,7 @@ def device(name: str, *edits: tuple[str, str]) -> Any:
     }
     if name == "mma":
         codec = device("codec")
-        found.update(Codec=codec.Codec, mul_f16x2=codec.mul_f16x2)
+        found.update(Codec=codec.Codec, mul_f16x2=codec.mul_f16x2, ptx=codec.ptx)
     found["__name__"] = f"lanes.{name}"
     exec(compile(body, f"{name}.py", "exec"), found)
     return types.SimpleNamespace(**found)

@@ -25,12 +25,12 @@ SAMPLING = {
 }
 # Random weights leave the two likeliest tokens, or the last expert chosen and the first one not,
 # closer at some step than the roundings of the dtype, for about half of the seeds in bfloat16 and
-# one in eight in float16. These seeds meet no such tie.
+# one in eight in float16. These seeds meet no such tie on either of two kinds of CPU.
 SEEDS = {
     ("gpt_oss", torch.float16): (0, 3, 4, 5),
     ("gpt_oss", torch.bfloat16): (0, 6, 7),
-    ("qwen3_next", torch.float16): (0, 1, 2, 3),
-    ("qwen3_next", torch.bfloat16): (2, 3),
+    ("qwen3_next", torch.float16): (0, 1, 2),
+    ("qwen3_next", torch.bfloat16): (2,),
 }
 CASES = [(*key, seed) for key, seeds in SEEDS.items() for seed in seeds]
 
