@@ -46,19 +46,12 @@ def _prepared(
     return choose(name, back_ends, problem, device, backend), problem, device, x
 
 
-def _prepared_decode(
-    q, k, v, gates, state, state_indices, intermediate_states, out, scale, qk_l2norm, update_state,
-    state_layout, intermediate_indices, backend,
-) -> tuple[Backend, Problem, Device, GDNTensors]:  # fmt: skip
-    problem = decode_problem(
-        q, k, v, gates, state, state_indices, intermediate_states, out, scale, qk_l2norm,
-        update_state, state_layout, intermediate_indices, backend,
-    )  # fmt: skip
-    tensors = GDNTensors(
-        q, k, v, tuple(gates), state, out, scale, state_indices, intermediate_states,
-        intermediate_indices=intermediate_indices,
-    )  # fmt: skip
-    return _prepared("gdn_decode", plan.DECODE, problem, tensors, backend)
+def _prepared_decode(*call) -> tuple[Backend, Problem, Device, GDNTensors]:
+    q, k, v, gates, state, slots, snapshots, out, scale, *_, targets, backend = call
+    x = GDNTensors(
+        q, k, v, tuple(gates), state, out, scale, slots, snapshots, intermediate_indices=targets
+    )
+    return _prepared("gdn_decode", plan.DECODE, decode_problem(*call), x, backend)
 
 
 def _decode(*call) -> None:
@@ -87,19 +80,13 @@ def verify_problem(
     )  # fmt: skip
 
 
-def _prepared_verify(
-    q, k, v, gates, state, u, k_record, k_rnorm, log_g, mark, num_accepted, state_indices, out,
-    scale, qk_l2norm, state_layout, backend,
-) -> tuple[Backend, Problem, Device, GDNTensors]:  # fmt: skip
-    problem = verify_problem(
-        q, k, v, gates, state, u, k_record, k_rnorm, log_g, mark, num_accepted, state_indices, out,
-        scale, qk_l2norm, state_layout, backend,
+def _prepared_verify(*call) -> tuple[Backend, Problem, Device, GDNTensors]:
+    q, k, v, gates, state, *draft, accepted, slots, out, scale, _, _, backend = call
+    x = GDNTensors(
+        q, k, v, tuple(gates), state, out, scale, slots, draft=DraftTensors(*draft),
+        num_accepted=accepted,
     )  # fmt: skip
-    tensors = GDNTensors(
-        q, k, v, tuple(gates), state, out, scale, state_indices,
-        draft=DraftTensors(u, k_record, k_rnorm, log_g, mark), num_accepted=num_accepted,
-    )  # fmt: skip
-    return _prepared("gdn_verify", plan.VERIFY, problem, tensors, backend)
+    return _prepared("gdn_verify", plan.VERIFY, verify_problem(*call), x, backend)
 
 
 def _verify(*call) -> None:

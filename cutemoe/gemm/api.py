@@ -46,7 +46,7 @@ def grouped_gemm(
             group_offsets[g] to group_offsets[g+1]. Rows from group_offsets[G] on become zero.
         x_scale: float32, [] or [R], for fp8 x; None is 1.
         out: [R, N] to write to, of x's dtype; bf16 or fp16 for fp8 x.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cute", "triton" or "reference".
 
     Returns:
         out; a new one of x's dtype, bf16 for fp8 x, where none was given.
@@ -60,14 +60,13 @@ def grouped_gemm(
     [[4.0], [8.0], [8.0]]
     """
     t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
-    words = (t.w.format, t.w.layout, t.w.group_size)
-    call = (t.x, t.offsets, t.x_scale, t.out, t.w.data, t.w.scale, t.w.factor, *words,
-            list(t.w.shape), requested)  # fmt: skip
+    parts = (t.x, t.offsets, t.x_scale, t.out, t.w.data, t.w.scale, t.w.factor)
+    form = (t.w.format, t.w.layout, t.w.group_size)
+    call = (*parts, *form, list(t.w.shape), requested)
     if torch.compiler.is_compiling():
         _grouped_gemm(*call)
         return t.out
-    parts = call[:7]
-    words = (t.x.shape, t.w.shape, *words, requested, *[p is None for p in parts])
+    words = (t.x.shape, t.w.shape, *form, requested, *[p is None for p in parts])
     tensors = [p for p in parts if p is not None]
     if launch := _KNOWN.find(words, tensors):
         launch(t)

@@ -159,7 +159,7 @@ def fused_moe(
         workspace: scratch memory of sufficient size; with it and out, nothing is allocated, but for
             a copy of x in back end "cute" where its rows do not start at multiples of 16 bytes.
         deterministic: False allows a back end to give other bits in each run.
-        backend: "auto" (then moe.backend), "triton" or "reference".
+        backend: "auto" (then moe.backend), or the name of one (`cutemoe.backends("fused_moe")`).
 
     Returns:
         out; a new tensor where none was given.

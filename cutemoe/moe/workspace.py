@@ -29,7 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -108,25 +108,6 @@ def layout(
 
     No part shrinks when tokens or top_k grow.
     """
-    sizes = (tokens, top_k, experts, hidden, intermediate)
-    # torch.compile traces with sizes that cannot be hashed
-    find = _layout if all(type(n) is int for n in sizes) else _layout.__wrapped__
-    return find(*sizes, activations, static_scale, weights, WHOLE_Y)
-
-
-@lru_cache(maxsize=1024)
-def _layout(
-    tokens: int,
-    top_k: int,
-    experts: int,
-    hidden: int,
-    intermediate: int,
-    activations: str,
-    static_scale: bool,
-    weights: str,
-    whole_y: int,
-) -> Layout:
-    """`layout`, remembered for what y_bytes reads too."""
     rows = tokens * top_k
     i32, f32, bf16 = torch.int32, torch.float32, torch.bfloat16
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -172,16 +153,18 @@ def _aligned(nbytes: int) -> int:
 
 def layout_of(problem: Problem) -> Layout:
     """Where every part sits for a call."""
-    return layout(
-        problem.tokens,
-        problem.top_k,
-        problem.experts,
-        problem.hidden,
-        problem.intermediate,
-        problem.activations,
-        problem.static_scale,
-        problem.layout,
-    )
+    p = problem
+    sizes = (p.tokens, p.top_k, p.experts, p.hidden, p.intermediate)
+    rest = (p.activations, p.static_scale, p.layout)
+    # torch.compile traces with sizes that cannot be hashed
+    plain = all(type(n) is int for n in sizes)
+    return _remembered(WHOLE_Y, *sizes, *rest) if plain else layout(*sizes, *rest)
+
+
+@lru_cache(maxsize=1024)
+def _remembered(whole_y: int, *given: Any) -> Layout:
+    """`layout`, which depends on WHOLE_Y too."""
+    return layout(*given)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,9 +21,11 @@ import torch
 from cutemoe.runtime import settings
 from cutemoe.runtime.device import target
 
-try:
+try:  # private to torch: without them every call is checked
+    from torch._C import _len_torch_dispatch_stack
+    from torch._C._autograd import _profiler_enabled  # pyright: ignore
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # private to torch: without it every call is checked
+except ImportError:
     TensorGuards: Any = None
 
 Launch = Callable[[Any], None]
@@ -33,7 +35,6 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # signatures of the same words: layers of a model may differ in strides or devices
 _ALIKE = 4
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled  # pyright: ignore
 
 
 class _Known(NamedTuple):
@@ -111,4 +112,4 @@ class Recall:
 
 
 def _watched() -> bool:
-    return bool(torch._C._len_torch_dispatch_stack() or _profiled())
+    return bool(_len_torch_dispatch_stack() or _profiler_enabled())

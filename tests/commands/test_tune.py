@@ -73,6 +73,6 @@ def test_report_and_text(tmp_path):
 
 def test_without_a_card_it_says_so(capsys):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a CUDA device is here, so the command would tune")
     assert command.run(preset=["headline"]) == 2
     assert "a CUDA device" in capsys.readouterr().err

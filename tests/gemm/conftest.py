@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.moe.cases import Target
-
-_GPU = pytest.mark.gpu
+from tests.moe.cases import Target, targets
 
 
-@pytest.fixture(
-    scope="session",
-    params=[
-        Target("reference", "cpu"),
-        Target("triton", "cpu"),
-        pytest.param(Target("reference", "cuda"), marks=_GPU),
-        pytest.param(Target("triton", "cuda"), marks=_GPU),
-        pytest.param(Target("cute", "cuda"), marks=_GPU),
-    ],
-    ids=str,
-)
+@pytest.fixture(scope="session", params=targets("reference", "triton", "cute"), ids=str)
 def target(request: pytest.FixtureRequest) -> Target:
     """A back end and a device."""
     request.param.available()

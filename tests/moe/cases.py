@@ -118,6 +118,12 @@ class Layer:
         )
 
 
+def targets(*gpu: str) -> list[Any]:
+    """Parameters of a fixture: what runs on a CPU, and these back ends on a GPU."""
+    here = [Target("reference", "cpu"), Target("triton", "cpu")]
+    return here + [pytest.param(Target(n, "cuda"), marks=pytest.mark.gpu) for n in gpu]
+
+
 def is_gated(activation: Any) -> bool:
     return not isinstance(activation, cutemoe.ReLU2)
 
