@@ -9,7 +9,8 @@ if tokens differ that must not.
 Tokens of random models differ where two tokens, or the last expert chosen and the next one, are
 closer than the roundings of either model. A step is decided if in the float32 model the best token
 leads by more than twice the largest error of the unmodified model at that step: tokens must be
-equal up to a row's first undecided step. Each first difference is printed with its gap and errors.
+equal up to a row's first undecided step. Each first difference is printed with its gap and errors,
+and beside our count of equal rows that of transformers' own implementations of experts.
 """
 
 from __future__ import annotations
@@ -251,6 +252,23 @@ def usable(model: Any, ids: torch.Tensor) -> Any:
     raise RuntimeError(f"no experts implementation of transformers runs {model.dtype}")
 
 
+def own_rows(model: Any, ids: torch.Tensor, peer: Seen, new: int) -> dict[str, str]:
+    """Rows of greedy tokens that transformers' other implementations of experts leave equal."""
+    own, found = model.get_experts_implementation()[""], {}
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        if implementation == own:
+            continue
+        model.set_experts_implementation(implementation)
+        try:
+            tokens = generate(model, ids, new)
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"{implementation} does not run {model.dtype}: {error}", file=sys.stderr)
+        else:
+            found[implementation] = f"{rows_equal(peer.greedy, tokens)}/{len(ids)}"
+    model.set_experts_implementation(own)
+    return found
+
+
 def check_dense(report: Report, name: str, key: str, seed: int, args: argparse.Namespace) -> None:
     """Compares one dense model with itself on cutemoe."""
     ids, dtype = prompts(seed, args.batch, args), DTYPES[key]
@@ -261,10 +279,12 @@ def check_dense(report: Report, name: str, key: str, seed: int, args: argparse.N
     peer = see(model, ids, args.new)
     if timed:
         speeds(report, model, what | {"runs": f"transformers {own}"}, args)
+    alone = own_rows(model, ids, peer, args.new)
     want = oracle(model, ids, peer.greedy)
     hf.patch(model)
     ours = see(model, ids, args.new, peer.greedy)
-    report.line(check="dense", **what, transformers=own, **compare(peer, ours, want, dtype))
+    found = compare(peer, ours, want, dtype)
+    report.line(check="dense", **what, transformers=own, transformers_rows_equal=alone, **found)
     if timed:
         speeds(report, model, what | {"runs": "cutemoe"}, args)
     hf.unpatch(model)
