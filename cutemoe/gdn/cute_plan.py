@@ -68,20 +68,27 @@ def refuse(problem: Problem, device: Device) -> str | None:
 def configure(problem: Problem, device: Device) -> Config:
     """The configuration, but for the dtypes and alignments that only the tensors show.
 
-    Registers are left to ptxas. A cap of 128, 16 warps an SM, costs time in verification of many
-    rows (H200, HV=32, T=8, B=64 and 256, nothing folded: float32 states 47 and 172 us with it, 43
-    and 161 us without; bfloat16 41 and 145 us with it, 32 and 115 us without). For sm_80 ptxas
-    spills two words to fit 12 warps; asked for 8, it does not.
+    Verification runs in CTAs of one warp: 2 to 8 % over four (H200, 2026-11-27, HV=32, a random
+    number of accepted tokens; perf/notes/gdn.md has every figure). Room for 12 warps an SM gains
+    another 8 % for tiles of 4 tokens with float32 states, T=4 at B=256 344 -> 306 us in all. Tiles
+    of 8 tokens are slower with it, 360 against 332 us, and bfloat16 states, 9 to 13 % faster, need
+    8 to 40 bytes of local memory. ptxas spills for sm_80 and sm_120a too; asked for 8 warps on
+    sm_80, it does not.
     """
     p = problem
     tile = 4 if p.T <= 4 or p.dtype == "float32" else 8
     warps = next((w for w in (4, 2, 1) if p.DV % (16 * w) == 0), 4)
+    blocks = 0
+    if p.window is not None and p.T > 0:
+        warps = 1
+        fits = (tile, p.state, p.layout) == (4, "float32", "vk") and p.dtype != "float32"
+        blocks = 8 if device.arch < 90 else 12 if fits and device.arch == 90 else 0
     return Config(
         dk=p.DK,
         tile=tile,
         loop=p.T == 0 or tile < p.T,
         warps=warps,
-        blocks=8 // warps if device.arch < 90 and p.window is not None and p.T > 0 else 0,
+        blocks=blocks,
         io=p.dtype,
         state=p.state,
         layout=p.layout,

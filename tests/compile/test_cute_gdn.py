@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "verify": VERIFY,
     "verify B=1": {**VERIFY, "B": 1},
     "verify T=4": {**VERIFY, "T": 4},
+    "verify T=4, given gates": {**VERIFY, "T": 4, "gates": "given", "qk_l2norm": False},
     "flush": {**VERIFY, "T": 0},
     "bf16 update": {"state": "bfloat16", "update": True},
     "bf16 verify": {**VERIFY, "state": "bfloat16"},
@@ -53,6 +54,8 @@ def configuration(kind: str, arch: str = "sm_90a") -> Config:
     accepted = "int32" if problem.record else ""
     targets = "int32" if problem.scattered else ""
     gates = (problem.dtype, problem.dtype, "float32", "float32")
+    if problem.gates == "given":
+        gates = ("float32", problem.dtype)
     return replace(
         config, gates=gates, accepted=accepted, targets=targets,
         wide=(True, problem.DV != 20, True, True),

@@ -16,10 +16,9 @@ from tests.close import assert_same, ulp
 from tests.moe.cases import SATURATED, Layer, Target, call, exact_layer, exact_x
 from tests.poison import kept
 
-FORMATS = [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("int4", "fp8"), ("mxfp4", "fp8")]
-FORMATS += [("mxfp4", "mxfp4")]
+FORMATS = [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("int4", "fp8"), ("mxfp4", "mxfp4")]
 pytestmark = pytest.mark.parametrize(("format", "activations"), FORMATS)
-SHARE = 0.2
+SHARE = 0.12
 
 
 def run(
