@@ -68,11 +68,11 @@ def refuse(problem: Problem, device: Device) -> str | None:
 def configure(problem: Problem, device: Device) -> Config:
     """The configuration, but for the dtypes and alignments that only the tensors show.
 
-    Verification runs in CTAs of one warp: 2 to 8 % over four (H200, 2026-11-27, HV=32, a random
+    Verification runs in CTAs of one warp: 1 to 7 % over four (H200, 2026-11-27, HV=32, a random
     number of accepted tokens; perf/notes/gdn.md has every figure). Room for 12 warps an SM gains
     another 8 % for tiles of 4 tokens with float32 states, T=4 at B=256 344 -> 306 us in all. Tiles
     of 8 tokens are slower with it, 360 against 332 us, and bfloat16 states, 9 to 13 % faster, need
-    8 to 40 bytes of local memory. ptxas spills for sm_80 and sm_120a too; asked for 8 warps on
+    8 to 40 bytes of local memory. ptxas spills for sm_80, sm_120a and rows left over too; asked for 8 warps on
     sm_80, it does not.
     """
     p = problem
@@ -81,7 +81,8 @@ def configure(problem: Problem, device: Device) -> Config:
     blocks = 0
     if p.window is not None and p.T > 0:
         warps = 1
-        fits = (tile, p.state, p.layout) == (4, "float32", "vk") and p.dtype != "float32"
+        fits = (tile, p.state, p.layout, p.DV % 16) == (4, "float32", "vk", 0)
+        fits = fits and p.dtype != "float32"
         blocks = 8 if device.arch < 90 else 12 if fits and device.arch == 90 else 0
     return Config(
         dk=p.DK,

@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "verify": VERIFY,
     "verify B=1": {**VERIFY, "B": 1},
     "verify T=4": {**VERIFY, "T": 4},
+    "verify T=4, ragged": {**VERIFY, "T": 4, "DV": 24},
     "verify T=4, given gates": {**VERIFY, "T": 4, "gates": "given", "qk_l2norm": False},
     "flush": {**VERIFY, "T": 0},
     "bf16 update": {"state": "bfloat16", "update": True},
