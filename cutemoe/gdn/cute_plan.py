@@ -72,8 +72,8 @@ def configure(problem: Problem, device: Device) -> Config:
     number of accepted tokens; perf/notes/gdn.md has every figure). Room for 12 warps an SM gains
     another 8 % for tiles of 4 tokens with float32 states, T=4 at B=256 344 -> 306 us in all. Tiles
     of 8 tokens are slower with it, 360 against 332 us, and bfloat16 states, 9 to 13 % faster, need
-    8 to 40 bytes of local memory. ptxas spills for sm_80, sm_120a and rows left over too; asked for 8 warps on
-    sm_80, it does not.
+    8 to 40 bytes of local memory. ptxas spills for sm_80, sm_120a and rows
+    left over too; asked for 8 warps on sm_80, it does not.
     """
     p = problem
     tile = 4 if p.T <= 4 or p.dtype == "float32" else 8

@@ -150,7 +150,7 @@ def test_a_thousand_windows_of_a_real_layer(card: Target) -> None:
 def test_slot_5000_of_64_heads(card: Target, layout: str) -> None:
     """5001 slots of 4 MiB: bytes beyond 2^34, elements beyond 2^32."""
     if card.backend == "reference":
-        pytest.skip("the reference indexes the pool by torch, and a float32 copy of it is 20 GB")
+        pytest.skip("the reference computes no addresses of its own: torch indexes the pool")
     case = Case(3, 2, (16, 64, 128, 128), torch.bfloat16, layout=layout)
     near = card.put(case.call())
     pool = torch.empty(5001, *near["state"].shape[1:], device="cuda")
