@@ -27,6 +27,22 @@ def matrices(address):
     )
 
 
+def shared_words(address):
+    """Four 32-bit words of shared memory, from a multiple of 16 bytes on."""
+    return cute.arch.inline_ptx(
+        "ld.shared.v4.u32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )
+
+
+def put_words(address, words):
+    """Stores four 32-bit words in shared memory, from a multiple of 16 bytes on."""
+    cute.arch.inline_ptx(
+        "st.shared.v4.u32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words]
+    )
+
+
 def put_word(address, word):
     """Stores a 32-bit word in shared memory."""
     cute.arch.inline_ptx("st.shared.u32 [{$r0}], {$r1};", read_only_args=[address, word])

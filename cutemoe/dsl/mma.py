@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""The block-scaled MMA m16n8k64 as a policy: the instruction, or the same from fp16 MMAs.
+"""MMAs m16n8k64 of FP4 operands as policies: the instruction, or the same from 16-bit MMAs.
 
 | format | instruction | scales | one word of a row |
 |---|---|---|---|
@@ -21,6 +21,10 @@ The order of k is free as long as A and B agree. So one m16n8k16 takes the codes
 scales come by shuffles. A code times an e4m3 scale has 6 significant bits, from 2^-10 to 2688:
 exact in fp16. Products are exact in float32; only the order of sums differs. e8m0 scales are beyond
 fp16, so the 32 products under a pair of them are added up without, exactly, and then multiplied.
+
+Where A is numbers in bf16 or fp16 (`MixedMma`), B is as in nvfp4, and every target runs the same
+four m16n8k16. In place of codes lane 4 g + t holds the numbers of row g and g + 8 that have their
+k; scaled codes are exact in bf16 as well.
 """
 
 import cutlass.cute as cute
@@ -30,6 +34,9 @@ from cutemoe.dsl.codec import Codec, mul_f16x2, ptx
 
 # the e2m1 exponent bias is 1, that of fp16 15: codes placed into fp16 are 2^14 too small
 _REBIAS = 0x74007400
+# of bf16 it is 127: codes are 2^126 too small, e4m3 2^120
+_REBIAS_BF16 = 0x7E807E80
+_REBIAS_E4M3 = 0x7B807B80
 
 
 def nvfp4_mma(arch: int):
@@ -40,6 +47,11 @@ def nvfp4_mma(arch: int):
 def mxfp4_mma(arch: int):
     """The policy for a target with mxfp4 scales."""
     return NativeMxfp4() if arch in (120, 121) else EmulatedMxfp4()
+
+
+def mixed_mma(arch: int, dtype: str):
+    """The policy for numbers A of that type, "bf16" or "fp16", and nvfp4 codes B."""
+    return MixedMma(arch) if dtype == "fp16" else MixedBf16Mma(arch)
 
 
 class NativeMma:
@@ -73,6 +85,8 @@ class EmulatedMma:
     """Four mma.sync m16n8k16 of fp16 on scaled codes."""
 
     native = False
+    # of the operands of m16n8k16
+    dtype = "f16"
 
     def __init__(self, arch: int):
         self.codec = Codec(arch)
@@ -97,7 +111,7 @@ class EmulatedMma:
         """Operand B of one step: four times the registers of m16n8k16."""
         own = self._scales(scales, 0)
         return [
-            [scaled_codes(words[half] >> (4 * (q + i)), own[half]) for i in range(2)]
+            [self.scaled(words[half] >> (4 * (q + i)), own[half]) for i in range(2)]
             for half in range(2)
             for q in (0, 2)
         ]
@@ -106,7 +120,7 @@ class EmulatedMma:
         """acc [4] += A B."""
         for x, y in zip(a, b):
             d = cute.arch.inline_ptx(
-                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                f"mma.sync.aligned.m16n8k16.row.col.f32.{self.dtype}.{self.dtype}.f32 "
                 "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, "
                 "{{$r6}, {$r7}, {$r8}, {$r9}};",
                 write_only_types=[Float32] * 4,
@@ -115,13 +129,56 @@ class EmulatedMma:
             for i in range(4):
                 acc[i] = d[i]
 
+    def scaled(self, word, scale):
+        """Codes in bits 0..3 and 16..19 of a word, times a scale twice, exact."""
+        return scaled_codes(word, scale)
+
+    def pair(self, byte):
+        """A scale twice in an operand's type, exact."""
+        return self.codec.fp16_pair(byte)
+
     def _scales(self, word, t):
-        """fp16 pairs of the two scales that meet this lane's codes, from lane t of its quad."""
+        """Pairs of the two scales that meet this lane's codes, from lane t of its quad."""
         lane = cute.arch.lane_idx()
         word = cute.arch.shuffle_sync(word, (lane & ~3) + t)
         # k = 8 t of a half is in its block t / 2
         word = word >> (Uint32(lane & 2) * Uint32(4))
-        return [self.codec.fp16_pair((word >> (16 * half)) & Uint32(0xFF)) for half in range(2)]
+        return [self.pair((word >> (16 * half)) & Uint32(0xFF)) for half in range(2)]
+
+
+class MixedMma(EmulatedMma):
+    """fp16 numbers A times nvfp4 codes B, on every target."""
+
+    def a(self, numbers, scales=None):
+        """Operand A of one step: four times the registers of m16n8k16.
+
+        numbers: the four words with k = 8 t .. 8 t + 7 of row g and of row g + 8, then those with
+        k = 32 + 8 t ..
+        """
+        return [
+            [
+                halves(row[q // 2], row[2 + q // 2], i)
+                for i in range(2)
+                for row in numbers[at : at + 2]
+            ]
+            for at in (0, 2)
+            for q in (0, 2)
+        ]
+
+
+class MixedBf16Mma(MixedMma):
+    """bf16 numbers A times nvfp4 codes B, on every target."""
+
+    dtype = "bf16"
+
+    def scaled(self, word, scale):
+        """Codes in bits 0..3 and 16..19 of a word, times a scale twice in bf16, exact."""
+        return mul_bf16x2(mul_bf16x2(placed_codes(word, 6), Uint32(_REBIAS_BF16)), scale)
+
+    def pair(self, byte):
+        """Bits of e4m3 without sign in a Uint32 -> twice the same bf16, exact; 0x7f is NaN."""
+        pair = mul_bf16x2(byte * Uint32(0x00100010), Uint32(_REBIAS_E4M3))
+        return pair | (((byte + Uint32(1)) >> 7) * Uint32(0x7FC07FC0))
 
 
 class NativeMxfp4:
@@ -216,15 +273,33 @@ class EmulatedMxfp4:
                 acc[i] = acc[i] + times_scales(sums[i], sa[i // 2], sb[i % 2])
 
 
+def halves(low, high, i: int):
+    """The low (i = 0) or high halves of two words, side by side."""
+    return ptx(f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, {(0x5410, 0x7632)[i]};", Uint32, low, high)
+
+
+def mul_bf16x2(x, y):
+    """Two products of bf16 in a Uint32."""
+    # sm_80 has no mul; what is added is -0, which keeps the sign of a zero
+    text = (
+        "{ .reg .b32 c, z; mov.b32 c, {$r1}; mov.b32 z, 0x80008000; "
+        "fma.rn.bf16x2 {$w0}, {$r0}, c, z; }"
+    )
+    return ptx(text, Uint32, x, y)
+
+
 def float32_zero():
     """0 in a register."""
     # DSL 4.7 takes no float constant as an operand
     return ptx("mov.b32 {$w0}, 0;", Float32)
 
 
-def placed_codes(word):
-    """e2m1 codes in bits 0..3 and 16..19 of a word, as two fp16 2^14 times too small."""
-    return ((word & Uint32(0x00070007)) << 9) | ((word & Uint32(0x00080008)) << 12)
+def placed_codes(word, shift=9):
+    """e2m1 codes in bits 0..3 and 16..19 of a word, as two fp16 2^14 times too small.
+
+    With shift 6 as two bf16 2^126 times too small.
+    """
+    return ((word & Uint32(0x00070007)) << shift) | ((word & Uint32(0x00080008)) << 12)
 
 
 def factors_of_e8m0(byte):

@@ -49,9 +49,13 @@ def weight_layout(format: str, activations: str, backend: str, device: Device) -
     """The layout of weights for the back end that will run them: the first that takes them."""
     # elsewhere these kernels emulate the MMA of SM120 and run by name, or where nothing else does
     best = device.arch in (120, 121) or activations == "mxfp4"
-    named = backend.startswith("cute_nvfp4") or (backend == "auto" and best)
-    if named and activations in ("nvfp4", "mxfp4") and cute_unavailable(device) is None:
-        return SM120 if format == activations else "rows"
+    asked = backend.startswith("cute_nvfp4")
+    named = asked or (backend == "auto" and best)
+    if cute_unavailable(device) is None:
+        if named and activations in ("nvfp4", "mxfp4"):
+            return SM120 if format == activations else "rows"
+        if asked and format == "nvfp4" and activations in ("bf16", "fp16"):
+            return SM120
     if activations == "mxfp4":
         return "rows"
     why = cute_plan.unavailable(device) or cute_plan.refuse_format(format, activations)

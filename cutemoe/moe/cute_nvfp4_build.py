@@ -9,6 +9,7 @@ from cutlass import Float32, Int32, Int64, Uint8
 from cutemoe.moe.cute_nvfp4_fc1 import FC1
 from cutemoe.moe.cute_nvfp4_fc2 import FC2
 from cutemoe.moe.cute_nvfp4_fused import Fused
+from cutemoe.moe.cute_nvfp4_left import DTYPES
 from cutemoe.moe.cute_nvfp4_plan import (
     GROUP,
     FC2Config,
@@ -17,7 +18,7 @@ from cutemoe.moe.cute_nvfp4_plan import (
     RowsConfig,
     SortConfig,
 )
-from cutemoe.moe.cute_nvfp4_rows import DTYPES, Quantise
+from cutemoe.moe.cute_nvfp4_rows import Quantise
 from cutemoe.moe.cute_nvfp4_sort import Sort
 
 IDS = {"int32": Int32, "int64": Int64}
@@ -53,8 +54,13 @@ def build_fc1(c: GemmConfig, options: str = ""):
     R, n = cute.sym_int(), cute.sym_int
     operands, multipliers, bias = _gemm(c, R)
     params = _params(c)
-    result = (_rows(Int32, (R, n()), 4), _rows(Uint8, (R, n(divisibility=4)), 4))
-    multipliers = None if multipliers is None else (*multipliers, _list(Float32))
+    if c.numbers:
+        operands = (_x(c), Int32(1), *operands[2:])
+        result = (_numbers(c, R),)
+    else:
+        result = (_rows(Int32, (R, n()), 4), _rows(Uint8, (R, n(divisibility=4)), 4))
+    if multipliers is not None:
+        multipliers = (*multipliers, _list(Float32) if c.scaled else None)
     return _compile(
         FC1(c), options, operands, _tiles(R), multipliers, bias, params, result, Int32(1)
     )
@@ -76,7 +82,10 @@ def build_fused(c: FusedConfig, options: str = ""):
     T, H, K, R = (cute.sym_int() for _ in range(4))
     x = _rows(DTYPES[c.quantise.dtype], (T, H), 16 if c.quantise.wide else 2)
     call = (x, *_out(c.fc2.rows, T, H, K), _y())
-    xq, mid = _codes(R, c.fc1.vector), _codes(R, c.fc2.gemm.vector)
+    if c.fc1.numbers:
+        xq, mid = None, (_numbers(c.fc1, R),)
+    else:
+        xq, mid = _codes(R, c.fc1.vector), _codes(R, c.fc2.gemm.vector)
     of_x, m1, b1 = _gemm(c.fc1, R)
     of_mid, m2, b2 = _gemm(c.fc2.gemm, R)
     (f1, d1), (f2, d2) = m1 or (None, None), m2 or (None, None)
@@ -104,6 +113,17 @@ def _y():
     return _rows(Float32, (cute.sym_int(), cute.sym_int(divisibility=16)), 16)
 
 
+def _x(c: GemmConfig):
+    """x as FC1 takes it in numbers."""
+    shape = (cute.sym_int(), cute.sym_int(divisibility=16))
+    return _rows(DTYPES[c.numbers], shape, 16 if c.wide else 2)
+
+
+def _numbers(c: GemmConfig, R):
+    """R rows of numbers of this package's making."""
+    return _rows(DTYPES[c.numbers], (R, cute.sym_int(divisibility=16)), 16)
+
+
 def _codes(R, vector):
     """Codes and scales of R rows: as bytes, and as words."""
     n = cute.sym_int
@@ -125,15 +145,20 @@ def _params(c: GemmConfig):
 def _gemm(c: GemmConfig, R):
     """Operands, multipliers and bias of a GEMM over R sorted rows."""
     E, N, width, words = (cute.sym_int() for _ in range(4))
+    if c.numbers:
+        left = (_numbers(c, R), None)
+    else:
+        left = (_rows(Uint8, (R, width), c.vector), _rows(Int32, (R, words), 4))
     operands = (
-        _rows(Uint8, (R, width), c.vector),
-        _rows(Int32, (R, words), 4),
+        *left,
         _rows(Uint8, (E, N, width), c.vector),
         _rows(Int32, (E, cute.sym_int()), 16),
     )
     multipliers = None
     if c.scaled:
         multipliers = (_list(Float32, E) if c.factor else None, _list(Float32, E))
+    elif c.numbers and c.factor:
+        multipliers = (_list(Float32, E), None)
     return operands, multipliers, _rows(Float32, (E, N), 4) if c.bias else None
 
 

@@ -4,7 +4,8 @@
 Activation and quantisation happen on the float32 sums, in registers: a quad of lanes holds whole
 blocks of 16 outputs, so the greatest of a block is two shuffles away. Of mxfp4, whose scales are
 for 32, the other block is in the same warp, or, where a warp has 32 rows of gates and ups, in the
-next one: then the greatest go through the shared memory that the stages have left.
+next one: then the greatest go through the shared memory that the stages have left. Where FC2 takes
+numbers, the result is rounded once and stored as such.
 """
 
 import cuda.bindings.driver as cuda
@@ -14,7 +15,8 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_cons
 from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
 from cutemoe.dsl.copy import put_word, shared_word
 from cutemoe.dsl.pdl import results_of_the_last_kernel
-from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
+from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm
+from cutemoe.moe.cute_nvfp4_left import DTYPES, least
 from cutemoe.moe.cute_nvfp4_plan import GemmConfig
 
 
@@ -27,6 +29,7 @@ class FC1(ExpertGemm):
         # 16 outputs: two pairs of gate and up, or two of 8 rows of w
         self.per_block = 4 if c.gated else 2
         self.group, self.pair = c.tile.group, c.tile.group // 16
+        self.dtype = DTYPES[c.numbers] if c.numbers else None
 
     @cute.jit
     def __call__(
@@ -54,9 +57,10 @@ class FC1(ExpertGemm):
         """mid = codes of activation(x w13^T + b13).
 
         operands: xq [R, H/2], its scale words [R, ..], w13 [E, N, H/2], its swizzled scale words;
+        of numbers x [T, H] and K slots a token in place of the first two;
         tiles: (expert, first row, rows) [.., 3], count [1], sorted slots [R]; multipliers: of w13
         [E] or None, of x [E], of mid [E], or None (mxfp4); params: alpha, beta, limit; result:
-        codes [R, I/2] and scales [R, ..], whole words of them.
+        codes [R, I/2] and scales [R, ..], whole words of them, or numbers [R, I] alone.
         """
         program, _, _ = cute.arch.block_idx()
         results_of_the_last_kernel(self.pdl)
@@ -71,7 +75,7 @@ class FC1(ExpertGemm):
     def body(self, operands, tiles, multipliers, mBias, params, result, program, base):
         """One tile of rows and block of outputs, blocks of a tile side by side."""
         blocks = self.blocks(operands)
-        work = self.work(tiles[0], program // blocks, program % blocks)
+        work = self.work(tiles, program // blocks, program % blocks)
         acc = self.product(operands, work, base)
         n_out = self.n_out(operands)
         self.finish(acc, work, multipliers, mBias, params, result, n_out, base)
@@ -106,12 +110,29 @@ class FC1(ExpertGemm):
                                 y = Float32(0.0) if y < 0.0 else y
                                 x.append(y * y)
                     found.append((x, row + 16 * i + 8 * h, j // 16))
-                    greatest.append(self.greatest(x))
-        if const_expr(self.pair == 2):
-            greatest = self.of_both(greatest, found, t, base)
+                    if const_expr(not self.c.numbers):
+                        greatest.append(self.greatest(x))
+        if const_expr(self.c.numbers):
+            self.store_numbers(found, t, work, result[0], n_out)
+        else:
+            if const_expr(self.pair == 2):
+                greatest = self.of_both(greatest, found, t, base)
+            for i in range_constexpr(len(found)):
+                x, r, block = found[i]
+                self.store(x, greatest[i], g, r, block, t, work, result, n_out)
+
+    @cute.jit
+    def store_numbers(self, found, t, work, mMid, n_out):
+        """Blocks of 16 outputs of a row, two neighbours at a time of the four in this lane."""
+        pair = cute.make_rmem_tensor((2,), self.dtype)
         for i in range_constexpr(len(found)):
-            x, r, block = found[i]
-            self.store(x, greatest[i], g, r, block, t, work, result, n_out)
+            x, row, block = found[i]
+            if row < work.rows and block * 16 < n_out:
+                gMid = mMid[Int64(work.first + row), None]
+                for p in range_constexpr(2):
+                    for e in range_constexpr(2):
+                        pair[e] = self.dtype(x[2 * p + e])
+                    cute.autovec_copy(pair, cute.local_tile(gMid, (2,), (8 * block + 4 * p + t,)))
 
     @cute.jit
     def greatest(self, x):

@@ -26,7 +26,8 @@ from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 from cutemoe.dsl.grid import announce, next_item, wait_for
 from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.dsl.pdl import results_of_the_last_kernel
-from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm, least
+from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm
+from cutemoe.moe.cute_nvfp4_left import least
 from cutemoe.moe.cute_nvfp4_plan import FC2Config
 from cutemoe.moe.cute_nvfp4_rows import Combine
 
@@ -65,7 +66,8 @@ class FC2(ExpertGemm):
     def kernel(self, operands, tiles, multipliers, mBias, mY, call, mSync, numbers):
         """out [T, H] = sum over slots of weight * (mid w2^T + b2), one item a CTA.
 
-        Operands, tiles, multipliers and bias as in FC1, operands with mid and w2; y float32
+        Operands, tiles, multipliers and bias as in FC1, operands with mid (of numbers [R, I], and
+        None for they are sorted) and w2; y float32
         [slots * R, columns]; call: ids, weights, out; sync: see `Progress`; numbers: expert_offset,
         E, combiners.
         """
@@ -102,7 +104,7 @@ class FC2(ExpertGemm):
             i = i if i < before else i - combiners
             block = step * wide + i % wide
             if block * self.c.outputs < H:
-                work = self.work(tiles[0], i // wide, block)
+                work = self.work(tiles, i // wide, block)
                 acc = self.product(operands, work, base)
                 if step >= slots:
                     wait_for(emptied + (step - slots), combiners)

@@ -1,8 +1,8 @@
 # pyright: reportAttributeAccessIssue=false
 """An FP4 layer as one persistent cooperative launch: the stages of the pipeline between barriers.
 
-    phase     sort | quantise | FC1 | FC2 with the sums of tokens, each with all CTAs, a grid
-              barrier after each but the last
+    phase     sort | quantise, where FC1 takes codes | FC1 | FC2 with the sums of tokens, each with
+              all CTAs, a grid barrier after each but the last
     work      static: item, item + CTAs, ..; dynamic: FC1 and FC2 take items from a counter, so that
               CTAs with short tiles take more
     counters  sync [0] arrivals, [1] and [2] items of FC1 and FC2, from [4] on the progress of FC2;
@@ -68,7 +68,8 @@ class Fused:
         call: x, ids, weights, out, y (see FC2); rows: as of Sort; xq: codes and scales as bytes and
         as words [R, ..] (FC1 and quantise), mid: the same of the FC1 output; w13: codes, scale
         words, factor, multipliers of x and of mid, bias, (alpha, beta, limit); w2: codes, scale
-        words, factor, bias; numbers: expert_offset, E, combiners (see FC2), rows of a tile.
+        words, factor, bias; numbers: expert_offset, E, combiners (see FC2), rows of a tile. Where
+        FC1 takes numbers, xq is None and mid its output alone.
         """
         mX, mIds, mW, mO, mY = call
         mSlots, mStart, mTiles, mCount = rows
@@ -82,21 +83,29 @@ class Fused:
         arrivals = mSync.iterator
         self.sort.body(mIds, rows, offset, experts, block_m, counts)
         grid_barrier(arrivals, 1)
-        live = mStart[experts]
-        for row in range(cta, live, ctas):
-            self.quantise.row(mX, mIds, mSlots, w13[3], xq[2], xq[1], offset, row)
-        grid_barrier(arrivals, 2)
         tiles = (mTiles, mCount, mSlots)
-        self.fc1_tiles((xq[0], xq[3], w13[0], w13[1]), tiles, w13, mid, mSync, shared, base)
-        grid_barrier(arrivals, 3)
-        of_mid, out = (mid[0], mid[3], w2[0], w2[1]), (mIds, mW, mO)
+        if const_expr(xq is None):
+            of_x = (mX, mIds.shape[1], w13[0], w13[1])
+            self.fc1_tiles(of_x, tiles, w13, mid, mSync, shared, base)
+            grid_barrier(arrivals, 2)
+            of_mid = (mid[0], None, w2[0], w2[1])
+        else:
+            live = mStart[experts]
+            for row in range(cta, live, ctas):
+                self.quantise.row(mX, mIds, mSlots, w13[3], xq[2], xq[1], offset, row)
+            grid_barrier(arrivals, 2)
+            of_x, result = (xq[0], xq[3], w13[0], w13[1]), (mid[2], mid[1])
+            self.fc1_tiles(of_x, tiles, w13, result, mSync, shared, base)
+            grid_barrier(arrivals, 3)
+            of_mid = (mid[0], mid[3], w2[0], w2[1])
+        out = (mIds, mW, mO)
         self.fc2_items(of_mid, tiles, w13, w2, mY, out, mSync, numbers[:3], shared, base)
 
     @cute.jit
-    def fc1_tiles(self, operands, tiles, w13, mid, mSync, shared, base):
+    def fc1_tiles(self, operands, tiles, w13, result, mSync, shared, base):
         """All of FC1."""
         n = self.fc1.programs(operands, tiles)
-        multipliers, result = (w13[2], w13[3], w13[4]), (mid[2], mid[1])
+        multipliers = (w13[2], w13[3], w13[4])
         program = self.first_program(mSync.iterator + 1, shared)
         while program < n:
             self.fc1.body(operands, tiles, multipliers, w13[5], w13[6], result, program, base)

@@ -1,14 +1,14 @@
 # pyright: reportAttributeAccessIssue=false
 """The GEMM of both layers: block_m routed rows of one expert times 128 rows of its weights.
 
-Rows are in sorted order, so those of a tile lie one after the other; both operands are codes with
-one word of four scales for 64 (nvfp4) or 128 of them (mxfp4).
+Rows are in sorted order. Weights are codes with one word of four scales for 64 (nvfp4) or 128 of
+them (mxfp4); the routed rows are codes too, or numbers (`cute_nvfp4_left`).
 
 Threads   4 or 8 warps, warps_m along the rows, warps_n along the 128 rows of w; no roles
 Pipe      cp.async, `stages` deep, one commit a stage and thread, one barrier a stage
 Per k     wait for stage k | barrier | start the loads of stage k + stages - 1 | multiply stage k
-Stage     codes of A [block_m], codes of B [128], rows of block_k / 2 bytes whose 16-byte chunks are
-          permuted so that ldmatrix meets no bank twice; scale words of A and B, rows fastest
+Stage     rows of A [block_m] and codes of B [128], whose 16-byte chunks are permuted so that no
+          bank is met twice; scale words, rows fastest
 Registers the launches ask for one CTA a multiprocessor: without, ptxas keeps to 128 and spills
 Sums      float32, k ascending in steps of 64: the same bits for every tile, stage and batch
 
@@ -22,16 +22,17 @@ from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
 from cutemoe.dsl.copy import copy_async, matrices, shared_word
 from cutemoe.dsl.memory import SmemAllocator
-from cutemoe.dsl.mma import mxfp4_mma, nvfp4_mma
+from cutemoe.dsl.mma import mixed_mma, mxfp4_mma, nvfp4_mma
 from cutemoe.errors import Unsupported
-from cutemoe.moe.cute_nvfp4_plan import BLOCK_N, SMEM_LIMIT, GemmConfig, has_pdl
+from cutemoe.moe.cute_nvfp4_left import Codes, Numbers, least, place
+from cutemoe.moe.cute_nvfp4_plan import BLOCK_N, GROUP, SMEM_LIMIT, GemmConfig, has_pdl
 
 
 class Work:
-    """The tile of this CTA: expert, first sorted row, rows, first output."""
+    """The tile of this CTA: expert, first sorted row, rows, first output, slots of sorted rows."""
 
-    def __init__(self, expert, first, rows, j0):
-        self.expert, self.first, self.rows, self.j0 = expert, first, rows, j0
+    def __init__(self, expert, first, rows, j0, slots):
+        self.expert, self.first, self.rows, self.j0, self.slots = expert, first, rows, j0, slots
 
 
 class Source:
@@ -49,16 +50,20 @@ class ExpertGemm:
             )
         self.c, self.t = c, t
         self.pdl = has_pdl(c.arch)
-        self.policy = nvfp4_mma(c.arch) if c.scaled else mxfp4_mma(c.arch)
+        if c.numbers:
+            self.policy, self.left = mixed_mma(c.arch, c.numbers), Numbers(c)
+        else:
+            self.policy = nvfp4_mma(c.arch) if c.scaled else mxfp4_mma(c.arch)
+            self.left = Codes(c)
         self.pitch = t.block_k // 2
         self.steps, self.words = t.block_k // 64, t.words
         self.warp_m, self.warp_n = t.block_m // t.warps_m, BLOCK_N // t.warps_n
         self.m_tiles, self.n_tiles = self.warp_m // 16, self.warp_n // 8
         self.chunks = self.pitch // c.vector
         self.pass_rows = t.threads // self.chunks
-        self.b_at = t.block_m * self.pitch
+        self.b_at = t.block_m * t.row_bytes
         self.sa_at = self.b_at + BLOCK_N * self.pitch
-        self.sb_at = self.sa_at + 4 * t.block_m * self.words
+        self.sb_at = self.sa_at + (0 if t.numbers else 4 * t.block_m * self.words)
 
     def weight_row(self, r, j0, N):
         """Row of w behind row r of B, at most the last.
@@ -89,10 +94,11 @@ class ExpertGemm:
         """Blocks of outputs of a row."""
         return cute.ceil_div(self.n_out(operands), self.c.outputs)
 
-    def work(self, mTiles, tile, block):
+    def work(self, tiles, tile, block):
         """A tile of rows and a block of outputs."""
+        mTiles, _, mSlots = tiles
         j0 = block * self.c.outputs
-        return Work(mTiles[tile, 0], mTiles[tile, 1], mTiles[tile, 2], j0)
+        return Work(mTiles[tile, 0], mTiles[tile, 1], mTiles[tile, 2], j0, mSlots)
 
     def product(self, operands, work, base):
         """The sums of this thread for a tile and a block; base: address of shared memory."""
@@ -104,59 +110,36 @@ class ExpertGemm:
 
     def source(self, operands, work):
         """This thread's rows of A and B and its scale words."""
-        mA, mSA, mB, mSB = operands
+        mA, mWith, mB, mSB = operands
         tid, _, _ = cute.arch.thread_idx()
-        s, width = Source(), mA.shape[1]
-        s.tid, s.width, s.words = tid, width, mSA.shape[1]
-        row, s.byte = tid // self.chunks, tid % self.chunks * self.c.vector
-        s.to = self.place(row, s.byte)
-        s.a = mA.iterator.toint() + Int64(work.first + row) * width + s.byte
-        s.a_step = Int64(self.pass_rows) * width
-        s.row, s.rows = row, work.rows
+        s, width = Source(), mB.shape[2]
+        s.tid, s.width, s.words = tid, width, cute.ceil_div(width, 2 * self.t.group)
+        s.row, s.byte = tid // self.chunks, tid % self.chunks * self.c.vector
+        s.to = place(self.pitch, s.row, s.byte)
         N = mB.shape[1]
         s.b = mB.iterator.toint() + Int64(work.expert) * Int64(N) * width + s.byte
         passes = BLOCK_N // self.pass_rows
         s.b_rows = [
-            self.weight_row(row + i * self.pass_rows, work.j0, N) * width for i in range(passes)
+            self.weight_row(s.row + i * self.pass_rows, work.j0, N) * width for i in range(passes)
         ]
-        s.sa_row = tid % self.t.block_m
-        s.sa = mSA.iterator.toint() + Int64(work.first + s.sa_row) * (4 * s.words)
         r = self.weight_row(tid % BLOCK_N, work.j0, N)
         inner = r // 128 * s.words * 512 + r % 32 * 16 + r % 128 // 32 * 4
         s.sb = mSB.iterator.toint() + Int64(work.expert) * mSB.shape[1] * 4 + Int64(inner)
+        self.left.source(s, mA, mWith, work)
         return s
-
-    def place(self, row, byte):
-        """Byte of a stage's operand where a byte of a row's codes is."""
-        key = row % 8 if self.pitch == 128 else row // 2 % 4
-        return row * self.pitch + ((byte // 16) ^ key) * 16 + byte % 16
 
     @cute.jit
     def load(self, s, k, stage):
         """Starts the copies of stage k, codes from k * block_k on."""
+        self.left.load(s, k, stage)
+        self.left.load_scales(s, k, stage + self.sa_at)
         byte = k * self.pitch
         inside = s.byte + byte < s.width
-        for i in range_constexpr(self.t.block_m // self.pass_rows):
-            # passes keep the chunk's place: they are a multiple of 8 rows apart
-            live = inside and s.row + i * self.pass_rows < s.rows
-            to = stage + s.to + i * self.pass_rows * self.pitch
-            copy_async(to, s.a + i * s.a_step + byte, self.c.vector, live)
         for i in range_constexpr(BLOCK_N // self.pass_rows):
+            # passes keep the chunk's place: they are a multiple of 8 rows apart
             to = stage + self.b_at + s.to + i * self.pass_rows * self.pitch
             copy_async(to, s.b + Int64(s.b_rows[i] + byte), self.c.vector, inside)
-        self.load_scales(s, k, stage)
-
-    @cute.jit
-    def load_scales(self, s, k, stage):
-        """Starts the copies of the scale words of stage k."""
-        threads, m = self.t.threads, self.t.block_m
-        for i in range_constexpr(-(-m * self.words // threads)):
-            one = s.tid // m + i * (threads // m)
-            word = k * self.words + one
-            if one < self.words:
-                live = word < s.words and s.sa_row < s.rows
-                to = stage + self.sa_at + (one * m + s.sa_row) * 4
-                copy_async(to, s.sa + Int64(word * 4), 4, live)
+        threads = self.t.threads
         for i in range_constexpr(-(-BLOCK_N * self.words // threads)):
             one = s.tid // BLOCK_N + i * (threads // BLOCK_N)
             word = k * self.words + one
@@ -204,20 +187,18 @@ class ExpertGemm:
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 32)
         m0, n0 = warp % self.t.warps_m * self.warp_m, warp // self.t.warps_m * self.warp_n
-        g, t = lane // 4, lane % 4
-        # matrices: 8 rows and 16 bytes each; of A rows before bytes, of B bytes before rows
-        a_at = stage + self.place(m0 + lane % 16, lane // 16 * 16)
-        b_at = stage + self.b_at + self.place(n0 + lane // 16 * 8 + lane % 8, lane // 8 % 2 * 16)
-        sa_at = stage + self.sa_at + (m0 + g + t % 2 * 8) * 4
-        sb_at = stage + self.sb_at + (n0 + g) * 4
+        # matrices: 8 rows and 16 bytes each, bytes before rows
+        b_row, b_byte = n0 + lane // 16 * 8 + lane % 8, lane // 8 % 2 * 16
+        b_at = stage + self.b_at + place(self.pitch, b_row, b_byte)
+        sb_at = stage + self.sb_at + (n0 + lane // 4) * 4
+        rows = self.left.fragments(stage, stage + self.sa_at, m0, lane)
+        nvfp4 = self.t.group == GROUP["nvfp4"]
         for k in range(self.steps):
             # mxfp4: a word has the scales of two steps
-            word, *half = (k,) if self.c.scaled else (k // 2, k % 2)
+            word, *half = (k,) if nvfp4 else (k // 2, k % 2)
             a = []
             for i in range(self.m_tiles):
-                words = matrices((a_at + i * 16 * self.pitch) ^ (32 * k))
-                scales = shared_word(sa_at + (word * self.t.block_m + 16 * i) * 4)
-                a.append(self.policy.a(words, scales, *half))
+                a.append(self.policy.a(*self.left.fragment(rows, i, k, word), *half))
             for j in range(0, self.n_tiles, 2):
                 words = matrices((b_at + j * 8 * self.pitch) ^ (32 * k))
                 for h in range(2):
@@ -245,9 +226,3 @@ class ExpertGemm:
     def times(self, x, m):
         """x * m, for a multiplier that may be None."""
         return x if m is None else x * m
-
-
-@cute.jit
-def least(x, y):
-    """The smaller of two numbers."""
-    return x if x < y else y

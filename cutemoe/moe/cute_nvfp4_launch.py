@@ -7,6 +7,8 @@
 | FC1 | xq, w13 | midq and its scales, in sorted order |
 | FC2 | midq, w2, weights | y in slot order, some columns at once; out |
 
+With 16-bit activations there is no quantise; FC1 reads x by sorted_slots // K and writes mid.
+
 Style "pipeline" launches every stage; grids are bounds that the host knows, and CTAs beyond the
 live tiles exit; each kernel after the first starts while the one before it ends. "static" and
 "dynamic" are one cooperative launch, after one that zeroes its counters. "external" is not ours
@@ -53,7 +55,7 @@ fused = compiled(build_fused)
 
 
 def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
-    """The CuTe back end of `fused_moe` for weights and activations in NVFP4, or in MXFP4.
+    """The CuTe back end of `fused_moe` for weights in NVFP4 and MXFP4.
 
     Raises:
         Unsupported: the codes of the weights are not aligned to 16 bytes.
@@ -102,7 +104,14 @@ def _complete(
     return FusedConfig(
         sort=replace(c.sort, flat=flat),
         quantise=replace(c.rows, flat=flat, wide=wide[0]),
-        fc1=replace(c.fc1, factor=factors[0], alpha_e=alpha_e, beta_e=beta_e, limit_e=limit_e),
+        fc1=replace(
+            c.fc1,
+            factor=factors[0],
+            alpha_e=alpha_e,
+            beta_e=beta_e,
+            limit_e=limit_e,
+            wide=wide[0] or not c.fc1.numbers,
+        ),
         fc2=FC2Config(replace(c.fc2, factor=factors[1]), replace(c.rows, wide=wide[1])),
         dynamic=c.style == "dynamic",
     )
@@ -113,24 +122,28 @@ def _pipeline(problem: Problem, c: FusedConfig, t: MoETensors, w: dict[str, torc
     offset, experts, block_m = problem.expert_offset, problem.experts, c.fc1.tile.block_m
     rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
     tiles = (w["tiles"], w["tile_count"], w["sorted_slots"])
-    xq, mid = _codes(w, "xq"), _codes(w, "midq")
     most = most_tiles(problem, block_m)
     sort(c.sort)(t.ids, rows, w["sync"], offset, experts, block_m)
-    quantise(c.quantise)(t.x, t.ids, rows[0], rows[1], t.input_scale1, xq[2], xq[1], offset)
+    if c.fc1.numbers:
+        of_x, of_mid, result = (t.x, problem.top_k), (w["mid"], None), (w["mid"],)
+    else:
+        xq, mid = _codes(w, "xq"), _codes(w, "midq")
+        of_x, of_mid, result = (xq[0], xq[3]), (mid[0], mid[3]), (mid[2], mid[1])
+        quantise(c.quantise)(t.x, t.ids, rows[0], rows[1], t.input_scale1, xq[2], xq[1], offset)
     fc1(c.fc1)(
-        (xq[0], xq[3], t.w13.data, _scales(t.w13.scale)),
+        (*of_x, t.w13.data, _scales(t.w13.scale)),
         tiles,
         _multipliers(t.w13.factor, t.input_scale1, t.input_scale2),
         t.b13,
         _params(t),
-        (mid[2], mid[1]),
+        result,
         most * -(-problem.intermediate // c.fc1.outputs),
     )
     y, combiners = w["y"], _combiners(problem, c, w["y"])
     columns = y.shape[1]
     items = most * -(-columns // BLOCK_N) + combiners
     fc2(c.fc2)(
-        (mid[0], mid[3], t.w2.data, _scales(t.w2.scale)),
+        (*of_mid, t.w2.data, _scales(t.w2.scale)),
         tiles,
         _multipliers(t.w2.factor, t.input_scale2),
         t.b2,
@@ -158,7 +171,7 @@ def _fused(
     fused(c)(
         (t.x, t.ids, t.weights, t.out, w["y"]),
         rows,
-        _codes(w, "xq"),
+        None if c.fc1.numbers else _codes(w, "xq"),
         (
             t.w13.data,
             _scales(t.w13.scale),
@@ -168,7 +181,7 @@ def _fused(
             t.b13,
             _params(t),
         ),
-        _codes(w, "midq"),
+        (w["mid"],) if c.fc1.numbers else _codes(w, "midq"),
         (t.w2.data, _scales(t.w2.scale), t.w2.factor, t.b2),
         w["sync"],
         (problem.expert_offset, problem.experts, _combiners(problem, c, w["y"]), block_m),

@@ -1,11 +1,13 @@
 """What the CuTe kernels of NVFP4 and MXFP4 layers run, and what they are compiled for.
 
-Both operands have the same format: codes of e2m1 with e4m3 scales for 16 and multipliers for
-experts (nvfp4), or with e8m0 scales for 32 and nothing else (mxfp4).
+Weights are codes of e2m1 with e4m3 scales for 16 and a multiplier for each expert (nvfp4), or with
+e8m0 scales for 32 and nothing else (mxfp4). Activations are codes of the same format, or beside
+nvfp4 weights numbers in bf16 or fp16, which need no block-scaled MMA and run alike on every card.
 
 They are made for SM120 and SM121: no TMA, no cluster, at most SMEM_LIMIT bytes of shared memory.
 On other cards from sm_80 on they run the same code with the block-scaled MMA emulated. NVFP4 is
-faster there in the Triton kernels, so such a layer must be prepared with backend="cute_nvfp4".
+faster there in the Triton kernels, so such a layer must be prepared with backend="cute_nvfp4";
+one with 16-bit activations everywhere.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from cutemoe.runtime.device import Device
 # of a CTA on SM120 and SM121, less than on any other card that runs this but sm_86 and sm_89
 SMEM_LIMIT = 101376
 MAX_EXPERTS = 1024
-# format of both operands -> values that share a scale
+# format of weights -> values that share a scale
 GROUP = {"nvfp4": 16, "mxfp4": 32}
+# format of weights -> of activations
+TAKES = {"nvfp4": ("nvfp4", "bf16", "fp16"), "mxfp4": ("mxfp4",)}
 # cards that have the block-scaled MMA
 NATIVE = (120, 121)
 MAX_INDEX = 2**31 - 1
@@ -47,6 +51,7 @@ class Tile:
         stages: depth of the pipeline.
         warps_m, warps_n: warps along the rows and along BLOCK_N; each owns 32 or 64 rows of w.
         group: codes that share a scale, 16 (nvfp4) or 32 (mxfp4).
+        numbers: rows are bf16 or fp16 numbers, not codes.
     """
 
     block_m: int
@@ -55,6 +60,7 @@ class Tile:
     warps_m: int
     warps_n: int
     group: int = 16
+    numbers: bool = False
 
     @property
     def threads(self) -> int:
@@ -67,9 +73,16 @@ class Tile:
         return self.block_k // (4 * self.group)
 
     @property
+    def row_bytes(self) -> int:
+        """Codes, or numbers, of a routed row in a stage."""
+        return 2 * self.block_k if self.numbers else self.block_k // 2
+
+    @property
     def stage_bytes(self) -> int:
-        """Codes of both operands, and words of four scales."""
-        return (self.block_m + BLOCK_N) * (self.block_k // 2 + 4 * self.words)
+        """Both operands, and words of four scales for their codes."""
+        scales = 4 * self.words
+        row = self.row_bytes + (0 if self.numbers else scales)
+        return self.block_m * row + BLOCK_N * (self.block_k // 2 + scales)
 
     @property
     def smem_bytes(self) -> int:
@@ -82,6 +95,13 @@ TILES = {
     32: Tile(32, 256, 4, 2, 4),
     64: Tile(64, 256, 3, 2, 4),
     128: Tile(128, 128, 5, 4, 2),
+}
+# for 16-bit activations
+MIXED_TILES = {
+    16: Tile(16, 128, 4, 1, 4, numbers=True),
+    32: Tile(32, 128, 4, 2, 4, numbers=True),
+    64: Tile(64, 128, 3, 2, 4, numbers=True),
+    128: Tile(128, 64, 4, 4, 2, numbers=True),
 }
 
 
@@ -97,6 +117,8 @@ class GemmConfig:
         activation: "swiglu", "geglu", "geglu_tanh" or "relu2" (FC1), "none" (FC2).
         order: rows of gate and up, "gate_up", "up_gate" or "interleaved".
         alpha_e, beta_e, limit_e: the parameter has a value for each expert; limit: it exists.
+        numbers: type of activations that are no codes, "bf16" or "fp16", or None.
+        wide: every row of such activations starts at a multiple of 16 bytes.
     """
 
     arch: int
@@ -110,6 +132,8 @@ class GemmConfig:
     beta_e: bool = False
     limit_e: bool = False
     limit: bool = False
+    numbers: str | None = None
+    wide: bool = True
 
     @property
     def gated(self) -> bool:
@@ -119,7 +143,7 @@ class GemmConfig:
     @property
     def scaled(self) -> bool:
         """Activations have a multiplier for each expert, beside their block scales."""
-        return self.tile.group == GROUP["nvfp4"]
+        return self.tile.group == GROUP["nvfp4"] and not self.numbers
 
     @property
     def outputs(self) -> int:
@@ -178,6 +202,7 @@ class FusedConfig:
     """Everything the kernel of a whole layer is compiled for.
 
     Attributes:
+        quantise: of x, where FC1 takes codes; else what it says of x alone.
         dynamic: tiles of the GEMMs are taken from a counter.
     """
 
@@ -212,8 +237,8 @@ def refuse(problem: Problem, device: Device) -> str | None:
     p = problem
     if p.layout != SM120:
         return f"weights in layout {SM120!r}, got {p.layout!r} (prepare with backend='cute_nvfp4')"
-    if p.weight != p.activations or p.weight not in GROUP:
-        both = "weights and activations both nvfp4 or both mxfp4"
+    if p.activations not in TAKES.get(p.weight, ()):
+        both = "weights and activations both nvfp4 or both mxfp4, or nvfp4 weights and 16 bits"
         return f"{both}, got {p.weight} and {p.activations}"
     if p.experts > MAX_EXPERTS:
         return f"local experts <= {MAX_EXPERTS}, got {p.experts}"
@@ -242,7 +267,8 @@ def _configured(problem: Problem, device: Device) -> Nvfp4Config:
     mean = p.tokens * p.top_k / p.experts
     block_m = next((m for m, most in ((16, 16), (32, 32), (64, 96)) if mean <= most), 128)
     arch, group = device.arch, GROUP[p.weight]
-    tile = replace(TILES[block_m], group=group)
+    numbers = None if p.activations in GROUP else p.activations
+    tile = replace((MIXED_TILES if numbers else TILES)[block_m], group=group)
     bins = max(32, 1 << (p.experts - 1).bit_length())
     return Nvfp4Config(
         SortConfig(p.ids, bins, pdl=has_pdl(arch)),
@@ -255,8 +281,15 @@ def _configured(problem: Problem, device: Device) -> Nvfp4Config:
             activation=p.activation,
             order=p.gate_up if p.gated else "gate_up",
             limit=p.has_limit,
+            numbers=numbers,
         ),
-        GemmConfig(arch, tile, vector=16 if p.intermediate % 32 == 0 else 8, bias=p.has_b2),
+        GemmConfig(
+            arch,
+            tile,
+            vector=16 if p.intermediate % 32 == 0 else 8,
+            bias=p.has_b2,
+            numbers=numbers,
+        ),
         style_of(p.tokens * p.top_k, arch in NATIVE),
         device.sm_count,
     )

@@ -3,23 +3,12 @@
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import (
-    BFloat16,
-    Float16,
-    Float32,
-    Int32,
-    Int64,
-    Uint8,
-    Uint32,
-    const_expr,
-    range_constexpr,
-)
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 
 from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
 from cutemoe.dsl.pdl import results_of_the_last_kernel
+from cutemoe.moe.cute_nvfp4_left import DTYPES
 from cutemoe.moe.cute_nvfp4_plan import RowsConfig, has_pdl
-
-DTYPES = {"bf16": BFloat16, "fp16": Float16}
 
 
 class Ids:

@@ -16,8 +16,9 @@ slots come last, at or beyond expert_start[E].
 | xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_fp4: codes in sorted order |
 | xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I]; mxfp4 [R, 4 ceil(H/128)], .. [I] | and their block scales; there is no mid |
 | sync | int32 [4 + 2 ceil(H/128)] | there too: counters of CTAs that wait for one another |
+| mid | bf16 or fp16 [R, I] | there with such activations: FC1 activation in sorted order; there is no xq and no midq |
 | y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
-| y | float32 [slots R, columns] | there: the same for some columns at once, in turn in the slots (`y_parts`), where xq was |
+| y | float32 [slots R, columns] | there: the same for some columns at once, in turn in the slots (`y_parts`), where xq was if there was one |
 
 With codes y takes the place of xq, which nobody reads after FC1. So a layer with E=256, H=7168,
 I=2048 and 1024 routed rows (128 tokens of 8 slots) has 5.4 MB of scratch; a whole y alone would be
@@ -116,9 +117,11 @@ def layout(
         "tiles": ((max_tiles(rows, experts), 3), i32),
         "tile_count": ((1,), i32),
     }
-    codes = weights == SM120
-    if codes:
+    parted = weights == SM120
+    codes = parted and activations in ("nvfp4", "mxfp4")
+    if parted:
         wanted["sync"] = ((4 + 2 * -(-hidden // Y_BLOCK),), i32)
+    if codes:
         for name, width in (("midq", intermediate), ("xq", hidden)):
             wanted[name] = ((rows, width // 2), torch.uint8)
             word = 128 if activations == "mxfp4" else 64
@@ -134,15 +137,16 @@ def layout(
     else:
         dtype = torch.bfloat16 if activations == "bf16" else torch.float16
         wanted["mid"] = ((rows, intermediate), dtype)
-    if not codes:
+    if not parted:
         wanted["y"] = ((rows, hidden), f32)
     parts, offset = {}, 0
     for name, (shape, dtype) in wanted.items():
         parts[name] = Part(offset, shape, dtype)
         offset += _aligned(prod(shape) * dtype.itemsize)
-    if codes:
+    if parted:
         slots, columns = y_parts(rows, hidden)
-        y = parts["y"] = Part(parts["xq"].offset, (slots * rows, columns), f32)
+        start = parts["xq"].offset if codes else offset
+        y = parts["y"] = Part(start, (slots * rows, columns), f32)
         offset = max(offset, y.offset + _aligned(y_bytes(rows, hidden)))
     return Layout(parts, offset)
 

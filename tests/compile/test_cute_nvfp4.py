@@ -51,7 +51,10 @@ MXFP4 = {"weight": "mxfp4", "activations": "mxfp4", "group_size": 32, "static_sc
 # every tile has its scales in one way or the other; activations are those of nvfp4
 KINDS |= {f"mxfp4 {k}": {**KINDS[k], **MXFP4} for k in ("decode", "prefill", "long prefill")}
 KINDS["mxfp4 odd widths"] = {"hidden": 2912, "intermediate": 736, "tokens": 2048, **MXFP4}
-EMULATED = ("decode", "long prefill", "mxfp4 decode")
+W4A16 = {"activations": "bf16", "static_scale": False}
+KINDS |= {f"w4a16 {k}": {**KINDS[k], **W4A16} for k in ("decode", "long prefill", "odd widths")}
+KINDS["w4a16 relu2 decode"] = {**KINDS["relu2 decode"], **W4A16, "activations": "fp16"}
+EMULATED = ("decode", "long prefill", "mxfp4 decode", "w4a16 decode", "w4a16 long prefill")
 # registers a thread, by routed rows of a tile; the emulation holds decoded operands
 MOST = {16: 104, 32: 104, 64: 136, 128: 176}
 
@@ -95,15 +98,15 @@ def test_gemms_compile_into_the_instruction_meant(kind, arch):
         assert found["local_bytes"] == 0
         # copies of 8 bytes need twice the addresses
         most = MOST[c.tile.block_m] + (24 if c.vector == 8 else 0)
-        most += limits.more_registers(c.tile.block_m)
-        emulated = 176 if config.fc1.scaled else 255
+        most += limits.more_registers(c.tile.block_m) + (8 if c.numbers else 0)
+        emulated = 176 if config.fc1.scaled or c.numbers else 255
         assert found["registers"] <= (most if arch != "sm_90a" else emulated)
         assert c.tile.smem_bytes <= plan.SMEM_LIMIT
         # one instruction for 16 rows, 8 rows of w and 64 codes of a stage
         tiles = c.tile.block_m // c.tile.warps_m // 16 * (plan.BLOCK_N // c.tile.warps_n // 8)
         steps = tiles * c.tile.block_k // 64
-        if arch == "sm_90a":
-            assert count(found, "OMMA") == 0 and count(found, "HMMA") == 4 * steps
+        if arch == "sm_90a" or c.numbers:
+            assert count(found, r"OMMA\S*") == 0 and count(found, "HMMA") == 4 * steps
         else:
             assert (
                 found["sass"].count(NATIVE["nvfp4" if c.scaled else "mxfp4"])
@@ -112,11 +115,15 @@ def test_gemms_compile_into_the_instruction_meant(kind, arch):
             )
             assert count(found, "HMMA") == 0
         assert count(found, r"LDGSTS\S*") > 0 and count(found, r"LDSM\S*") > 0
+        # of numbers a lane takes 16 bytes at once
+        assert (count(found, r"LDS\.128") >= 4 * c.tile.block_k // 64) == bool(c.numbers)
         assert not re.search(r"\b(UTMALDG|USETMAXREG|HGMMA)", found["sass"])
         print(f"{build} {kind} {arch}: {found['registers']} registers, {found['seconds']:.2f} s")
 
 
-@pytest.mark.parametrize(("kind", "arch"), cases("decode", "relu2 decode", "mxfp4 decode"))
+@pytest.mark.parametrize(
+    ("kind", "arch"), cases("decode", "relu2 decode", "mxfp4 decode", "w4a16 decode")
+)
 def test_the_other_kernels_compile_without_local_memory(kind, arch):
     config = configuration(kind, arch)
     parts = (
@@ -126,25 +133,36 @@ def test_the_other_kernels_compile_without_local_memory(kind, arch):
         ("build_quantise", replace(config.rows, wide=False, flat=False)),
         ("build_fc2", FC2Config(config.fc2, replace(config.rows, wide=False))),
     )
+    if config.fc1.numbers:
+        parts = (*parts[4:], ("build_fc1", replace(config.fc1, wide=False)))
     # the emulation of mxfp4 holds decoded operands and two scales each
     gemm = 160 if arch == "sm_90a" and not config.fc1.scaled else 128
     for build, c in parts:
         found = ask(build, c, arch)
         assert found["local_bytes"] <= (limits.local_bytes() if build == "build_sort" else 0)
-        assert found["registers"] <= (gemm if build == "build_fc2" else 64)
+        assert found["registers"] <= (gemm if build in ("build_fc1", "build_fc2") else 64)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
     ("kind", "arch"),
-    cases("decode", "batch", "prefill", "long prefill", "mxfp4 decode", "mxfp4 long prefill"),
+    cases(
+        "decode",
+        "batch",
+        "prefill",
+        "long prefill",
+        "mxfp4 decode",
+        "mxfp4 long prefill",
+        "w4a16 decode",
+        "w4a16 long prefill",
+    ),
 )
 def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
     c = configuration(kind, arch)
     found = ask("build_fused", FusedConfig(c.sort, c.rows, c.fc1, of_fc2(c), dynamic), arch)
     assert found["local_bytes"] == 0
-    assert found["registers"] <= (232 if c.fc1.scaled else 255)
-    assert count(found, "HMMA" if arch == "sm_90a" else r"OMMA\S*") > 0
+    assert found["registers"] <= (232 if c.fc1.scaled or c.fc1.numbers else 255)
+    assert count(found, "HMMA" if arch == "sm_90a" or c.fc1.numbers else r"OMMA\S*") > 0
     assert count(found, r"ATOMG\S*|ATOM\S*|RED\S*") >= 4 + 2 * dynamic
     print(f"{kind} {dynamic} {arch}: {found['registers']} registers, {found['seconds']:.2f} s")
 
@@ -204,19 +222,21 @@ def test_sm_80_has_no_conversion_and_no_early_launch_and_needs_none():
 
 
 @pytest.mark.parametrize("group", [16, 32])
-@pytest.mark.parametrize("tile", plan.TILES.values(), ids=str)
+@pytest.mark.parametrize("tile", [*plan.TILES.values(), *plan.MIXED_TILES.values()], ids=str)
 def test_a_stage_holds_what_its_bytes_say(tile, group):
     from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm
 
     tile = replace(tile, group=group)
-    gemm = ExpertGemm(GemmConfig(120, tile))
+    kind = "bf16" if tile.numbers else None
+    gemm = ExpertGemm(GemmConfig(120, tile, numbers=kind))
     assert gemm.sb_at + 4 * plan.BLOCK_N * gemm.words == tile.stage_bytes
     # stages and operands keep the 128 bytes that the permutation of chunks needs
     assert tile.stage_bytes % 128 == gemm.b_at % 128 == 0
     # a thread's passes are whole groups of 8 rows, and fill a tile
     for vector in (8, 16):
-        passes = ExpertGemm(GemmConfig(120, tile, vector=vector)).pass_rows
-        assert passes % 8 == 0 and tile.block_m % passes == 0 and plan.BLOCK_N % passes == 0
+        gemm = ExpertGemm(GemmConfig(120, tile, vector=vector, numbers=kind))
+        for passes, rows in ((gemm.pass_rows, plan.BLOCK_N), (gemm.left.pass_rows, tile.block_m)):
+            assert passes % 8 == 0 and rows % passes == 0
 
 
 def test_a_tile_that_does_not_fit_sm120_is_refused_before_it_is_traced():

@@ -100,11 +100,20 @@ def inline_ptx(text: str, write_only_types: list[type[Value]], read_only_args: l
         if "m16n8k64" in text:
             sums = _block_scaled(groups, "2X" in text, [int(parts[i][0]) for i in (5, 7)])
         else:
-            sums = _m16n8k16(groups)
+            sums = _m16n8k16(groups, _numbers if "bf16" in text else _halves)
         return [kind(c) for c in sums]
     with np.errstate(all="ignore"):
         if text.startswith("div.rn.f32"):
             return kind(args[0].v / args[1].v)
+        if text.startswith("prmt.b32"):
+            both = np.stack([args[0].v, args[1].v], -1).view(np.uint8)
+            code = int(text.split(", ")[-1].strip(";"))
+            picked = [code >> (4 * i) & 7 for i in range(4)]
+            return kind(np.ascontiguousarray(both[:, picked]).view(np.uint32)[:, 0])
+        if "fma.rn.bf16x2" in text and "0x80008000" in text:
+            product = _numbers(args[0].v) * _numbers(args[1].v)
+            product = np.ascontiguousarray(product.astype(ml_dtypes.bfloat16))
+            return kind(product.view(np.uint32)[..., 0])
         if "mul.rn.f16x2" in text:
             return kind(_fp16(_halves(args[0].v) * _halves(args[1].v)))
         if "cvt.rn.f16x2.e4m3x2" in text:
@@ -118,19 +127,26 @@ def _halves(word: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(word.reshape(*word.shape, 1)).view(np.float16)
 
 
+def _numbers(word: np.ndarray) -> np.ndarray:
+    """Words [..] of two bf16 each -> their values [.., 2]."""
+    pair = np.ascontiguousarray(word.reshape(*word.shape, 1)).view(ml_dtypes.bfloat16)
+    return pair.astype(np.float64)
+
+
 def _fp16(pairs: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pairs.astype(np.float16)).view(np.uint32)[..., 0]
 
 
-def _m16n8k16(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
+def _m16n8k16(groups: list[list[np.ndarray]], pairs: Any) -> list[np.ndarray]:
+    """pairs: words to numbers."""
     _, a, b, c = groups
     A, B = np.zeros((16, 16)), np.zeros((16, 8))
     for lane in range(32):
         g, t = lane // 4, lane % 4
         for r, (row, k) in enumerate(((0, 0), (8, 0), (0, 8), (8, 8))):
-            A[g + row, 2 * t + k : 2 * t + k + 2] = _halves(a[r])[lane]
+            A[g + row, 2 * t + k : 2 * t + k + 2] = pairs(a[r])[lane]
         for r in range(2):
-            B[2 * t + 8 * r : 2 * t + 8 * r + 2, g] = _halves(b[r])[lane]
+            B[2 * t + 8 * r : 2 * t + 8 * r + 2, g] = pairs(b[r])[lane]
     return _spread(A @ B, c)
 
 

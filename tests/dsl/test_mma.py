@@ -1,5 +1,6 @@
 """Both policies of the block-scaled MMA on a model of a warp, against dense products."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -75,7 +76,7 @@ BUGS = {
     "scales of the other block": ("Uint32(lane & 2) * Uint32(4)", "Uint32(lane & 1) * Uint32(8)"),
     "rows swapped": ("self._scales(scales, 0), self._scales(scales, 1)",
                      "self._scales(scales, 1), self._scales(scales, 0)"),
-    "B in another order of k": ("scaled_codes(words[half] >>", "scaled_codes(words[1 - half] >>"),
+    "B in another order of k": ("self.scaled(words[half] >>", "self.scaled(words[1 - half] >>"),
     "sign lost": ("Uint32(0x00080008)", "Uint32(0x00080000)"),
 }  # fmt: skip
 
@@ -178,3 +179,78 @@ def test_a_bug_planted_in_mxfp4_is_found(bug):
     for seed in range(4):
         x = mx_case(seed)
         assert not np.array_equal(mx_product(policy, x, 1), mx_dense(x, 1))
+
+
+def mixed_product(policy, x: tuple[np.ndarray, ...], dtype: str) -> np.ndarray:
+    """Numbers A [16, 64] times codes B [8, 64] under their scales."""
+    numbers, B, SB = x
+    kind = ml_dtypes.bfloat16 if dtype == "bf16" else np.float16
+    g, t = LANES.astype(int) // 4, LANES.astype(int) % 4
+
+    def words(rows: np.ndarray, k: int) -> list[Uint32]:
+        """The four words with eight numbers of a row, in every lane."""
+        own = np.stack([numbers[rows, 8 * t + k + i] for i in range(8)], -1).astype(kind)
+        packed = np.ascontiguousarray(own).view(np.uint32)
+        return [Uint32(packed[:, i]) for i in range(4)]
+
+    _, b, _, sb = registers(np.zeros((16, 64), int), B, np.zeros((16, 4), int), SB)
+    a = [words(g, 0), words(g + 8, 0), words(g, 32), words(g + 8, 32)]
+    acc = [Sums(np.full(32, float(i))) for i in range(4)]
+    policy.mma(acc, policy.a(a), policy.b(b, sb))
+    C = np.zeros((16, 8))
+    for i in range(4):
+        C[g + 8 * (i // 2), 2 * t + i % 2] = acc[i].v - i
+    return C
+
+
+def mixed_case(seed: int) -> tuple[np.ndarray, ...]:
+    """Small integers A, codes and scale bytes of B."""
+    _, B, _, SB = case(seed)
+    return np.random.default_rng(seed + 200).integers(-64, 65, (16, 64)).astype(float), B, SB
+
+
+def mixed_dense(x: tuple[np.ndarray, ...]) -> np.ndarray:
+    numbers, B, SB = x
+    return numbers @ (E2M1[B] * np.repeat(e4m3(SB), 16, 1)).T
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_numbers_times_codes_equal_the_dense_product(arch, dtype):
+    policy = device("mma").mixed_mma(arch, dtype)
+    for seed in range(12):
+        x = mixed_case(seed)
+        assert np.array_equal(mixed_product(policy, x, dtype), mixed_dense(x))
+    numbers, B, SB = mixed_case(1)
+    SB[5, 2] = 0x7F
+    broken = np.isnan(mixed_product(policy, (numbers, B, SB), dtype))
+    assert broken[:, 5].all() and broken.sum() == 16
+
+
+def test_scaled_codes_are_exact_in_bf16():
+    """Every code under every scale, subnormal ones too."""
+    policy = device("mma").mixed_mma(90, "bf16")
+    for byte in SCALES:
+        pair = policy.pair(Uint32(np.full(16, byte)))
+        code = np.arange(16, dtype=np.uint32)
+        got = policy.scaled(Uint32(code | (15 - code) << 16), pair).v
+        both = np.ascontiguousarray(got[:, None]).view(ml_dtypes.bfloat16).astype(np.float64)
+        want = E2M1[np.stack([code, 15 - code], -1)] * e4m3(byte)
+        assert np.array_equal(both, want)
+        assert np.array_equal(np.signbit(both), np.signbit(want))
+
+
+MIXED_BUGS = {
+    "halves swapped": ("(0x5410, 0x7632)[i]", "(0x5410, 0x7632)[1 - i]"),
+    "the other words of A": ("row[q // 2], row[2 + q // 2]", "row[1 - q // 2], row[3 - q // 2]"),
+    "rows swapped": ("in numbers[at : at + 2]", "in numbers[at : at + 2][::-1]"),
+    "B in another order of k": ("self.scaled(words[half] >>", "self.scaled(words[1 - half] >>"),
+}
+
+
+@pytest.mark.parametrize("bug", MIXED_BUGS)
+def test_a_bug_planted_in_mixed_operands_is_found(bug):
+    policy = device("mma", MIXED_BUGS[bug]).mixed_mma(90, "bf16")
+    for seed in range(4):
+        x = mixed_case(seed)
+        assert not np.array_equal(mixed_product(policy, x, "bf16"), mixed_dense(x))

@@ -39,14 +39,18 @@ GOOD = Problem(
     static_scale=True, ids="int32", expert_offset=0, deterministic=True,
 )  # fmt: skip
 MXFP4 = replace(GOOD, weight="mxfp4", activations="mxfp4", group_size=32, static_scale=False)
+W4A16 = replace(GOOD, activations="bf16", static_scale=False)
 BOTH = pytest.mark.parametrize("format", FP4)
+# weights and activations of the kernels
+LAYERS = {"nvfp4": ("nvfp4", "nvfp4"), "mxfp4": ("mxfp4", "mxfp4"), "w4a16": ("nvfp4", "bf16")}
+EACH = pytest.mark.parametrize("kind", LAYERS)
 CUTE = next(b for b in plan.BACKENDS if b.name == "cute_nvfp4")
 TRITON = next(b for b in plan.BACKENDS if b.name == "triton")
 
 
 @pytest.mark.parametrize("device", [RTX, SPARK, H200], ids=str)
 @pytest.mark.parametrize("change", [{}, {"top_k": 32, "experts": 1024}, {"tokens": 100_000}])
-@pytest.mark.parametrize("good", [GOOD, MXFP4], ids=FP4)
+@pytest.mark.parametrize("good", [GOOD, MXFP4, W4A16], ids=LAYERS)
 def test_what_is_promised_runs(good, change, device):
     problem = replace(good, **change)
     assert CUTE.reason(problem, device) is None
@@ -57,8 +61,9 @@ def test_what_is_promised_runs(good, change, device):
     ("changed", "words"),
     [
         ({"layout": "rows"}, "layout 'sm120_fp4', got 'rows' (prepare with backend='cute_nvf"),
-        ({"weight": "mxfp4"}, "both nvfp4 or both mxfp4, got mxfp4 and nvfp4"),
-        ({"activations": "bf16"}, "both nvfp4 or both mxfp4, got nvfp4 and bf16"),
+        ({"weight": "mxfp4"}, "both mxfp4, or nvfp4 weights and 16 bits, got mxfp4 and nvfp4"),
+        ({"activations": "fp8"}, "nvfp4 weights and 16 bits, got nvfp4 and fp8"),
+        ({"weight": "mxfp4", "activations": "bf16"}, "and 16 bits, got mxfp4 and bf16"),
         ({"experts": 1025}, "local experts <= 1024, got 1025"),
         ({"tokens": 2**28}, "tokens * top_k, and tiles of a GEMM, <= 2147483647"),
         ({"tokens": 2**27, "hidden": 8192}, "and tiles of a GEMM, <= 2147483647"),
@@ -112,6 +117,10 @@ def test_where_it_is_not_available():
         ("nvfp4", "triton", RTX, "sm80_w4_bf16"),
         ("nvfp4", "reference", RTX, "rows"),
         ("bf16", "auto", RTX, "sm80_w4_bf16"),
+        ("bf16", "auto", H200, "sm90_rs_w4"),
+        ("bf16", "cute_nvfp4", H200, SM120),
+        ("fp16", "cute_nvfp4_dynamic", RTX, SM120),
+        ("fp8", "cute_nvfp4", RTX, "rows"),
         ("nvfp4", "cute_nvfp4", V100, "rows"),
         ("nvfp4", "cute_nvfp4", Device("cpu"), "rows"),
     ],
@@ -187,8 +196,9 @@ def test_the_reference_runs_a_layer_that_was_packed_for_it(format):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 512, 513, 1024, 1025, 3072, 3073, 100_000])
-def test_tiles_fit_the_workspace_and_sm120(tokens):
-    problem = replace(GOOD, tokens=tokens)
+@pytest.mark.parametrize("good", [GOOD, W4A16], ids=["codes", "numbers"])
+def test_tiles_fit_the_workspace_and_sm120(good, tokens):
+    problem = replace(good, tokens=tokens)
     config = cute_nvfp4_plan.configure(problem, RTX)
     m = config.fc1.tile.block_m
     assert config.fc2.tile is config.fc1.tile and m >= MIN_TILE_ROWS
@@ -222,9 +232,9 @@ def test_parts_of_y_fit_and_cover_it(rows, hidden):
         assert (slots, columns) == (1, hidden)
 
 
-def packed_layer(format="nvfp4", **kwargs):
+def packed_layer(kind="nvfp4", **kwargs):
     """A prepared layer on the CPU with its weights where the kernels want them."""
-    layer = exact_layer(format, format, **kwargs)
+    layer = exact_layer(*LAYERS[kind], **kwargs)
     w13, w2 = (PackedWeight.of(w, layout=SM120) for w in (layer.w13, layer.w2))
     return layer, replace(layer.prepared(), w13=w13, w2=w2)
 
@@ -275,6 +285,24 @@ def test_the_pipeline_is_four_launches_with_what_the_tensors_show(monkeypatch):
     assert [t.data_ptr() for t in wrote] == [t.data_ptr() for t in read[:2]]
 
 
+def test_numbers_need_no_launch_that_quantises(monkeypatch):
+    layer, moe = packed_layer("w4a16")
+    ids, weights = torch.zeros(7, 2, dtype=torch.int32), torch.ones(7, 2)
+    x = torch.zeros(7, 67).bfloat16()[:, :64]
+    problem, seen = launches(monkeypatch, "pipeline", moe, layer, x, ids, weights)
+    assert [name for name, *_ in seen] == ["sort", "fc1", "fc2"]
+    fc1, fc2 = seen[1][1], seen[2][1].gemm
+    assert fc1.numbers == fc2.numbers == "bf16" and not fc1.scaled
+    assert not fc1.wide and fc2.wide and fc1.tile.numbers
+    # x as it is, and how many slots share a row
+    assert seen[1][2][0][0] is x and seen[1][2][0][1] == problem.top_k
+    (wrote,), read = seen[1][2][5], seen[2][2][0][0]
+    assert wrote.data_ptr() == read.data_ptr() and wrote.shape == (14, 96)
+    _, seen = launches(monkeypatch, "static", moe, layer, x, ids, weights)
+    ((name, config, args),) = seen
+    assert name == "fused" and args[2] is None and len(args[4]) == 1 and not config.fc1.wide
+
+
 @pytest.mark.parametrize("style", ["static", "dynamic"])
 def test_a_fused_layer_is_one_launch_with_counters_at_zero(monkeypatch, style):
     layer, moe = packed_layer()
@@ -299,11 +327,11 @@ def test_codes_that_lost_their_alignment_are_refused(monkeypatch):
 GPU = Target("cute_nvfp4", "cuda")
 
 
-def sized(format, H, I, **kwargs):  # noqa: E741
+def sized(kind, H, I, **kwargs):  # noqa: E741
     """A random layer of about these sizes."""
-    block = {"nvfp4": 16, "mxfp4": 32}[format]
+    block = 32 if kind == "mxfp4" else 16
     H, I = (-(-n // block) * block for n in (H, I))  # noqa: E741
-    return random_layer(format, format, H=H, I=I, seed=5, **kwargs)
+    return random_layer(*LAYERS[kind], H=H, I=I, seed=5, **kwargs)
 
 
 def run(layer, x, ids, weights, **kwargs):
@@ -313,10 +341,10 @@ def run(layer, x, ids, weights, **kwargs):
 
 
 @pytest.mark.gpu
-@BOTH
+@EACH
 @pytest.mark.parametrize("tokens", [1, 40, 400])
-def test_a_token_has_the_same_bits_in_every_batch(format, tokens):
-    layer = sized(format, 320, 144, E=4)
+def test_a_token_has_the_same_bits_in_every_batch(kind, tokens):
+    layer = sized(kind, 320, 144, E=4)
     r = draw.Routing(T=tokens, K=2, E=4, offset=0, pattern="uniform", seed=6)
     x = draw.normal((tokens, layer.hidden), 7, torch.bfloat16)
     ids, weights = r.ids(), r.weights()
@@ -326,10 +354,10 @@ def test_a_token_has_the_same_bits_in_every_batch(format, tokens):
 
 
 @pytest.mark.gpu
-@BOTH
+@EACH
 @pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
-def test_a_graph_replays_with_new_tokens_and_routing(format, style):
-    layer = sized(format, 256, 96, E=6)
+def test_a_graph_replays_with_new_tokens_and_routing(kind, style):
+    layer = sized(kind, 256, 96, E=6)
     moe = layer.prepared(GPU)
     cases = []
     for seed in range(4):
@@ -392,12 +420,12 @@ def assert_repeats(layer, args, style, ctas, want):
 
 
 @pytest.mark.gpu
-@BOTH
+@EACH
 @pytest.mark.parametrize(("style", "ctas"), STYLED)
 @pytest.mark.parametrize("pattern", draw.PATTERNS)
 @pytest.mark.parametrize("tokens", [1, 9, 150])
-def test_one_launch_gives_the_bits_of_the_pipeline(format, style, ctas, pattern, tokens):
-    layer = sized(format, 544, 208, E=6, gate_up="interleaved")
+def test_one_launch_gives_the_bits_of_the_pipeline(kind, style, ctas, pattern, tokens):
+    layer = sized(kind, 544, 208, E=6, gate_up="interleaved")
     r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
     args = GPU.put((draw.normal((tokens, layer.hidden), 7, torch.bfloat16), r.ids(), r.weights()))
     want = direct(layer, args, "pipeline", 0)
@@ -405,14 +433,14 @@ def test_one_launch_gives_the_bits_of_the_pipeline(format, style, ctas, pattern,
 
 
 @pytest.mark.gpu
-@BOTH
+@EACH
 @pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
 @pytest.mark.parametrize("pattern", ["uniform", "one expert", "skips"])
 @pytest.mark.parametrize(("tokens", "ctas"), [(3, 2), (150, 0), (150, 3), (700, 0)])
-def test_y_in_parts_gives_the_bits_of_a_whole_y(monkeypatch, format, style, pattern, tokens, ctas):
+def test_y_in_parts_gives_the_bits_of_a_whole_y(monkeypatch, kind, style, pattern, tokens, ctas):
     from cutemoe.moe import cute_nvfp4_launch, workspace
 
-    layer = sized(format, 1200, 208, E=6)
+    layer = sized(kind, 1200, 208, E=6)
     r = draw.Routing(T=tokens, K=3, E=6, offset=0, pattern=pattern, seed=tokens)
     args = GPU.put((draw.normal((tokens, layer.hidden), 7, torch.bfloat16), r.ids(), r.weights()))
     monkeypatch.setattr(workspace, "WHOLE_Y", 1 << 30)
@@ -427,10 +455,10 @@ def test_y_in_parts_gives_the_bits_of_a_whole_y(monkeypatch, format, style, patt
 
 
 @pytest.mark.gpu
-@BOTH
+@EACH
 @pytest.mark.parametrize("style", ["pipeline", "static", "dynamic"])
-def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(format, style):
-    layer = sized(format, 256, 96, E=6)
+def test_a_stream_that_holds_multiprocessors_delays_but_does_not_hang(kind, style):
+    layer = sized(kind, 256, 96, E=6)
     r = draw.Routing(T=40, K=2, E=6, offset=0, pattern="skewed", seed=1)
     args = GPU.put((draw.normal((40, layer.hidden), 7, torch.bfloat16), r.ids(), r.weights()))
     want = direct(layer, args, "pipeline", 0)

@@ -12,6 +12,7 @@ from tests.moe.cases import (
     COMBINATIONS,
     EXACT,
     SATURATED,
+    W4A16,
     Layer,
     call,
     exact_layer,
@@ -41,7 +42,7 @@ def test_every_combination_of_formats(target, format, activations, gate_up, rows
 
 
 @pytest.mark.parametrize(
-    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")]
+    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), W4A16]
 )
 @pytest.mark.parametrize("activation", EXACT, ids=str)
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "plain"])
@@ -67,7 +68,7 @@ def test_geglu_far_from_zero(target, approximate):
 
 
 @pytest.mark.parametrize(
-    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")]
+    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), W4A16]
 )
 def test_parameters_of_each_expert(target, format, activations):
     layer = exact_layer(format, activations)
@@ -127,7 +128,7 @@ def test_quantised_activations_take_both_dtypes(target, activations, dtype):
 
 @pytest.mark.parametrize(
     ("format", "activations"),
-    [("mxfp4", "bf16"), ("bf16", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")],
+    [("mxfp4", "bf16"), ("bf16", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), W4A16],
 )
 @settings(max_examples=draw.examples(0.4))
 @given(r=draw.routings(), seed=draw.seeds(), wide=st.booleans())

@@ -14,6 +14,7 @@ from tests.close import assert_within
 from tests.moe.cases import (
     COMBINATIONS,
     DTYPES,
+    W4A16,
     Layer,
     Target,
     call,
@@ -55,7 +56,7 @@ def test_every_combination_of_formats(target, format, activations):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize(
     ("format", "activations"),
-    [("mxfp4", "bf16"), ("fp16", "fp16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")],
+    [("mxfp4", "bf16"), ("fp16", "fp16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), W4A16],
 )
 def test_every_activation(target, format, activations, activation):
     layer = random_layer(format, activations, gated=is_gated(activation), seed=9)
@@ -77,7 +78,8 @@ WIDTHS = [(32, 32), (160, 96), (96, 288), (544, 64)]
     ("format", "activations", "H", "I"),
     [("mxfp4", "bf16", *w) for w in WIDTHS]
     + [("mxfp4", "mxfp4", *w) for w in [*WIDTHS, (192, 224)]]
-    + [("nvfp4", "nvfp4", *w) for w in [*WIDTHS, (16, 16), (80, 48), (272, 144)]],
+    + [("nvfp4", "nvfp4", *w) for w in [*WIDTHS, (16, 16), (80, 48), (272, 144)]]
+    + [pytest.param("nvfp4", "bf16", *w, marks=pytest.mark.gpu) for w in [(16, 16), (272, 144)]],
 )
 def test_widths_that_no_tile_divides(target, format, activations, H, I):  # noqa: E741
     layer = random_layer(format, activations, H=H, I=I, seed=11)
@@ -94,7 +96,7 @@ def test_int4_groups(target, group):
 
 
 @pytest.mark.parametrize(
-    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")]
+    ("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), W4A16]
 )
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 65, 100, 300])
 def test_rows_on_one_expert_around_a_tile(target, format, activations, tokens):

@@ -9,13 +9,14 @@ import cutemoe
 from cutemoe.moe.workspace import ALIGNMENT, MIN_TILE_ROWS, layout, max_tiles, y_parts
 from tests import strategies as draw
 from tests.close import assert_same
-from tests.moe.cases import SATURATED, exact_layer, exact_x
+from tests.moe.cases import SATURATED, W4A16, exact_layer, exact_x
 from tests.poison import Poison, kept
 
 KINDS = st.sampled_from([("bf16", False), ("fp16", False), ("fp8", False), ("fp8", True)])
 KINDS |= st.sampled_from(
     [("nvfp4", True), ("nvfp4", True, "sm120_fp4"), ("mxfp4", False, "sm120_fp4")]
 )
+KINDS |= st.sampled_from([("bf16", False, "sm120_fp4"), ("fp16", False, "sm120_fp4")])
 KINDS |= st.sampled_from([("fp8", static, "sm90_rs_w4_fp8") for static in (False, True)])
 
 
@@ -30,7 +31,9 @@ KINDS |= st.sampled_from([("fp8", static, "sm90_rs_w4_fp8") for static in (False
 def test_parts_are_aligned_and_apart(T, K, E, H, I, kind):  # noqa: E741
     plan = layout(T, K, E, H, I, *kind)
     buffer = torch.empty(plan.nbytes, dtype=torch.uint8)
-    end, codes = 0, kind[2:] == ("sm120_fp4",)
+    end, parted = 0, kind[2:] == ("sm120_fp4",)
+    codes = parted and "xq" in plan.parts
+    assert codes == (parted and kind[0] in ("nvfp4", "mxfp4"))
     for name, part in plan.parts.items():
         if name == "y" and codes:
             # nobody reads xq and its scales any more
@@ -39,7 +42,7 @@ def test_parts_are_aligned_and_apart(T, K, E, H, I, kind):  # noqa: E741
             assert part.offset % ALIGNMENT == 0 and part.offset >= end, name
         end = part.offset + part.view(buffer).nbytes
         assert end <= plan.nbytes
-    slots, columns = y_parts(T * K, H) if codes else (1, H)
+    slots, columns = y_parts(T * K, H) if parted else (1, H)
     assert plan.views(buffer)["y"].shape == (slots * T * K, columns)
 
 
@@ -62,7 +65,7 @@ def test_max_tiles_is_enough(rows):
 
 
 @pytest.mark.parametrize(
-    ("format", "activations"), [("mxfp4", "bf16"), ("int4", "fp8"), ("nvfp4", "nvfp4")]
+    ("format", "activations"), [("mxfp4", "bf16"), ("int4", "fp8"), ("nvfp4", "nvfp4"), W4A16]
 )
 @pytest.mark.parametrize("tokens", [5, 2])
 def test_a_call_keeps_to_its_workspace_and_its_rows(target, format, activations, tokens):
@@ -94,7 +97,7 @@ def test_the_message_says_how_many_bytes_are_needed():
         cutemoe.fused_moe(exact_x(3, layer, 1), moe, r.ids(), r.weights(), workspace=space)
 
 
-@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4")])
+@pytest.mark.parametrize(("format", "activations"), [("mxfp4", "bf16"), ("nvfp4", "nvfp4"), W4A16])
 @pytest.mark.parametrize("strides", ["x", "ids", "weights", "out"])
 def test_rows_may_have_any_stride(target, format, activations, strides):
     layer = exact_layer(format, activations)

@@ -57,7 +57,7 @@ def moe() -> Iterator[str]:
         here += ["cute_nvfp4_static", "cute_nvfp4_dynamic"]
     for backend in here:
         for format, activations in LAYERS:
-            if backend.startswith("cute_nvfp4_") and activations not in FP4:
+            if backend.startswith("cute_nvfp4_") and format not in FP4:
                 continue
             layer = random_layer(format, activations, E=6, H=320, I=96, gate_up="interleaved")
             prepared = cutemoe.prepare_moe(
