@@ -149,7 +149,7 @@ class EmulatedMma:
 class MixedMma(EmulatedMma):
     """fp16 numbers A times nvfp4 codes B, on every target."""
 
-    def a(self, numbers, scales=None):
+    def a(self, numbers):
         """Operand A of one step: four times the registers of m16n8k16.
 
         numbers: the four words with k = 8 t .. 8 t + 7 of row g and of row g + 8, then those with

@@ -16,7 +16,7 @@ from cutemoe.dsl.codec import Codec, absolute_bits, reciprocal
 from cutemoe.dsl.copy import put_word, shared_word
 from cutemoe.dsl.pdl import results_of_the_last_kernel
 from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm
-from cutemoe.moe.cute_nvfp4_left import DTYPES, least
+from cutemoe.moe.cute_nvfp4_left import least
 from cutemoe.moe.cute_nvfp4_plan import GemmConfig
 
 
@@ -29,7 +29,6 @@ class FC1(ExpertGemm):
         # 16 outputs: two pairs of gate and up, or two of 8 rows of w
         self.per_block = 4 if c.gated else 2
         self.group, self.pair = c.tile.group, c.tile.group // 16
-        self.dtype = DTYPES[c.numbers] if c.numbers else None
 
     @cute.jit
     def __call__(
@@ -124,14 +123,15 @@ class FC1(ExpertGemm):
     @cute.jit
     def store_numbers(self, found, t, work, mMid, n_out):
         """Blocks of 16 outputs of a row, two neighbours at a time of the four in this lane."""
-        pair = cute.make_rmem_tensor((2,), self.dtype)
+        dtype = self.left.dtype
+        pair = cute.make_rmem_tensor((2,), dtype)
         for i in range_constexpr(len(found)):
             x, row, block = found[i]
             if row < work.rows and block * 16 < n_out:
                 gMid = mMid[Int64(work.first + row), None]
                 for p in range_constexpr(2):
                     for e in range_constexpr(2):
-                        pair[e] = self.dtype(x[2 * p + e])
+                        pair[e] = dtype(x[2 * p + e])
                     cute.autovec_copy(pair, cute.local_tile(gMid, (2,), (8 * block + 4 * p + t,)))
 
     @cute.jit

@@ -17,6 +17,8 @@ the last read the last one; their sums go nowhere. Rejected: TMA, which needs pa
 descriptor for each layer, and warp roles, which leave fewer registers to the emulated MMA.
 """
 
+from typing import Any
+
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
@@ -50,6 +52,8 @@ class ExpertGemm:
             )
         self.c, self.t = c, t
         self.pdl = has_pdl(c.arch)
+        self.policy: Any
+        self.left: Any
         if c.numbers:
             self.policy, self.left = mixed_mma(c.arch, c.numbers), Numbers(c)
         else:

@@ -80,7 +80,7 @@ class Numbers:
     """Rows of numbers, sorted, or those of x by their slots."""
 
     def __init__(self, c: GemmConfig):
-        self.t, self.wide, self.dtype = c.tile, c.wide, DTYPES[c.numbers or "bf16"]
+        self.t, self.wide, self.dtype = c.tile, c.wide, DTYPES[c.numbers]
         self.pitch = c.tile.row_bytes
         self.chunks = self.pitch // 16
         self.pass_rows = c.tile.threads // self.chunks

@@ -117,7 +117,7 @@ class GemmConfig:
         activation: "swiglu", "geglu", "geglu_tanh" or "relu2" (FC1), "none" (FC2).
         order: rows of gate and up, "gate_up", "up_gate" or "interleaved".
         alpha_e, beta_e, limit_e: the parameter has a value for each expert; limit: it exists.
-        numbers: type of activations that are no codes, "bf16" or "fp16", or None.
+        numbers: type of activations that are no codes, "bf16" or "fp16".
         wide: every row of such activations starts at a multiple of 16 bytes.
     """
 
@@ -132,7 +132,7 @@ class GemmConfig:
     beta_e: bool = False
     limit_e: bool = False
     limit: bool = False
-    numbers: str | None = None
+    numbers: str = ""
     wide: bool = True
 
     @property
@@ -267,7 +267,7 @@ def _configured(problem: Problem, device: Device) -> Nvfp4Config:
     mean = p.tokens * p.top_k / p.experts
     block_m = next((m for m, most in ((16, 16), (32, 32), (64, 96)) if mean <= most), 128)
     arch, group = device.arch, GROUP[p.weight]
-    numbers = None if p.activations in GROUP else p.activations
+    numbers = "" if p.activations in GROUP else p.activations
     tile = replace((MIXED_TILES if numbers else TILES)[block_m], group=group)
     bins = max(32, 1 << (p.experts - 1).bit_length())
     return Nvfp4Config(

@@ -227,7 +227,7 @@ def test_a_stage_holds_what_its_bytes_say(tile, group):
     from cutemoe.moe.cute_nvfp4_gemm import ExpertGemm
 
     tile = replace(tile, group=group)
-    kind = "bf16" if tile.numbers else None
+    kind = "bf16" if tile.numbers else ""
     gemm = ExpertGemm(GemmConfig(120, tile, numbers=kind))
     assert gemm.sb_at + 4 * plan.BLOCK_N * gemm.words == tile.stage_bytes
     # stages and operands keep the 128 bytes that the permutation of chunks needs
