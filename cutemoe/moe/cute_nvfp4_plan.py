@@ -211,7 +211,7 @@ def refuse_rounding(problem: Problem) -> str | None:
     """Why CuTe kernels, which keep sums and activation in float32, do not run this, or None."""
     if problem.rounding == "fused":
         return None
-    return f"rounding 'fused', got {problem.rounding!r} (backend 'triton' rounds so)"
+    return f"rounding 'fused', got {problem.rounding!r} (prepare with backend='triton')"
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
