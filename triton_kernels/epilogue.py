@@ -53,7 +53,7 @@ def scaled(
 
 @triton.jit
 def stored(x, spec: tl.constexpr):
-    """float32 as the next operation reads it: where eager, rounded to the type of x of the layer."""
+    """float32 as the next operation reads it: where eager, rounded to the type of x."""
     if not spec.eager:
         return x
     elif spec.fp16:

@@ -129,9 +129,7 @@ def _activate(problem: Problem, t: MoETensors, expert: int, h: torch.Tensor) -> 
     return gate * (up + _of_expert(t.beta, expert, h))
 
 
-def _swiglu_eager(
-    t: MoETensors, expert: int, gate: torch.Tensor, up: torch.Tensor
-) -> torch.Tensor:
+def _swiglu_eager(t: MoETensors, expert: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Clamped gate and up in the dtype of x, as every operation's result."""
     wide = gate.to(torch.float32)
     if isinstance(t.alpha, torch.Tensor) or t.alpha != 1.0:

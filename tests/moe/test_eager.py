@@ -125,11 +125,10 @@ def test_exact_sums_are_rounded_alike(target, activation, format, wide):
     assert_same(got, want)
 
 
-@both_weights
 @every_dtype
 @every_activation
-def test_random_layers_keep_the_bound(target, name, format, wide):
-    activation = ACTIVATIONS[name]
+def test_random_layers_keep_the_bound(target, name, format):
+    activation, wide = ACTIVATIONS[name], format == "fp16"
     layer = random_layer(format, format, gated=is_gated(activation), seed=9)
     x = draw.normal((T, layer.hidden), 6, layer.dtype)
     ids, weights = routed("uniform", wide, x.dtype)
