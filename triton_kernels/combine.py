@@ -1,4 +1,7 @@
-"""The weighted sum over the slots of a token: fixed order, float32, one rounding."""
+"""The weighted sum over the slots of a token: fixed order, float32, one rounding.
+
+Products with weights of 16 bits are rounded to their type before the sum, as torch's are.
+"""
 
 import torch
 import triton
@@ -39,7 +42,13 @@ def combine_slots(
         weight = tl.load(weights_ptr + t * stride_wt + k, mask=live, other=0.0)
         row = y_ptr + (t * TOP_K + k) * H
         y = tl.load(row + offs, mask=tl.where(live, offs, H) < H, other=0.0)
-        acc += tl.where(live, weight * y, 0.0)
+        if tl.float32 == weights_ptr.dtype.element_ty:
+            product = weight * y
+        else:
+            product = decode.widened(weight) * y
+            product = decode.rounded(product, weights_ptr.dtype.element_ty, PORTABLE)
+            product = decode.widened(product)
+        acc += tl.where(live, product, 0.0)
     value = decode.rounded(acc, out_ptr.dtype.element_ty, PORTABLE)
     tl.store(out_ptr + t * stride_ot + offs, value, mask=offs < H)
 
@@ -51,8 +60,14 @@ def combine(
     out: torch.Tensor,
     experts: int,
     expert_offset: int,
+    *,
+    fused: bool = True,
 ) -> None:
-    """out [T, H] from y float32 [T * K, H] in slot order, ids and weights [T, K]."""
+    """out [T, H] from y float32 [T * K, H] in slot order, ids and weights [T, K].
+
+    Args:
+        fused: a product may go into the sum unrounded.
+    """
     tokens, hidden = out.shape
     # all slots of a block are in flight together
     most = 8192 // launch.power_of_2(max(8, ids.shape[1]))
@@ -71,5 +86,5 @@ def combine(
         TOP_K=ids.shape[1],
         BLOCK=block,
         PORTABLE=launch.portable(),
-        **launch.options(4),
+        **launch.options(4, fusion=fused),
     )

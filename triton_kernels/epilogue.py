@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from cutemoe.triton_kernels import decode, numeric
+
 
 @triton.jit
 def weight_rows(j0, N, spec: tl.constexpr):
@@ -50,16 +52,29 @@ def scaled(
 
 
 @triton.jit
+def stored(x, spec: tl.constexpr):
+    """float32 as the next operation reads it: where eager, rounded to the type of x."""
+    if not spec.eager:
+        return x
+    elif spec.fp16:
+        return decode.rounded(x, tl.float16, spec.portable).to(tl.float32)
+    else:
+        return decode.widened(decode.rounded(x, tl.bfloat16, spec.portable))
+
+
+@triton.jit
 def activated(acc, bias_ptr, alpha, beta, limit, expert, offs_j, n_out, spec: tl.constexpr):
     """Sums [block_n, block_m] -> outputs float32 [outputs, block_m] with bias and activation."""
     inside = offs_j < n_out
+    acc = stored(acc, spec)
     if not spec.gated:
         if spec.bias:
             at = bias_ptr + expert.to(tl.int64) * n_out + offs_j
-            acc += tl.load(at, mask=inside, other=0.0)[:, None]
+            bias = stored(tl.load(at, mask=inside, other=0.0), spec)
+            acc = stored(acc + bias[:, None], spec)
         if spec.activation == "relu2":
             acc = tl.where(acc < 0, 0.0, acc)
-            acc = acc * acc
+            acc = stored(acc * acc, spec)
         return acc
     else:
         QUADS: tl.constexpr = spec.block_n // 16
@@ -76,12 +91,15 @@ def activated(acc, bias_ptr, alpha, beta, limit, expert, offs_j, n_out, spec: tl
                 of_gate, of_up = row + n_out + offs_j, row + offs_j
             else:
                 of_gate, of_up = row + 2 * offs_j, row + 2 * offs_j + 1
-            gate += tl.load(of_gate, mask=inside, other=0.0)[:, None]
-            up += tl.load(of_up, mask=inside, other=0.0)[:, None]
-        if spec.activation == "swiglu":
+            b_gate = stored(tl.load(of_gate, mask=inside, other=0.0), spec)
+            b_up = stored(tl.load(of_up, mask=inside, other=0.0), spec)
+            gate = stored(gate + b_gate[:, None], spec)
+            up = stored(up + b_up[:, None], spec)
+        if spec.activation == "swiglu" or spec.activation == "silu":
             return _swiglu(gate, up, alpha, beta, limit, expert, spec)
         else:
-            return _gelu(gate, spec.activation == "geglu_tanh") * up
+            glu = _gelu(gate, spec.activation == "geglu_tanh", spec.eager)
+            return stored(stored(glu, spec) * up, spec)
 
 
 @triton.jit
@@ -93,16 +111,30 @@ def _swiglu(gate, up, alpha, beta, limit, expert, spec: tl.constexpr):
     if spec.limit:
         if spec.limit_e:
             limit = tl.load(limit + expert)
+        if spec.eager:
+            # a tensor: the interpreter passes numbers as floats of Python
+            limit = stored(limit + tl.zeros_like(gate), spec)
         # comparisons, not minimum: NaN must stay NaN
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, up)
         up = tl.where(up < -limit, -limit, up)
-    return gate * (1.0 / (1.0 + tl.exp(-(alpha * gate)))) * (up + beta)
+    if spec.eager:
+        if spec.activation == "silu":
+            glu = tl.div_rn(gate, 1.0 + numeric.exp(-gate))
+        else:
+            glu = gate * stored(numeric.sigmoid(stored(alpha * gate, spec)), spec)
+        return stored(stored(glu, spec) * stored(up + beta, spec), spec)
+    else:
+        return gate * (1.0 / (1.0 + tl.exp(-(alpha * gate)))) * (up + beta)
 
 
 @triton.jit
-def _gelu(x, TANH: tl.constexpr):
-    if TANH:
+def _gelu(x, TANH: tl.constexpr, EAGER: tl.constexpr):
+    if TANH and EAGER:
+        # torch's own cancellation: tanh rounds to multiples of 2^-24 near -1
+        u = 0.7978845608028654 * (x + 0.044715 * (x * x * x))
+        return 0.5 * x * (1.0 + (2.0 * numeric.sigmoid(2.0 * u) - 1.0))
+    elif TANH:
         # (1 + tanh(u)) / 2 = sigmoid(2u), without cancellation
         u = 0.7978845608028654 * (x + 0.044715 * (x * x * x))
         return x * (1.0 / (1.0 + tl.exp(-2.0 * u)))

@@ -33,9 +33,11 @@ class Spec:
         token_scale, expert_scale, factor: multipliers of the sums: float32 by x row, and two by
             expert.
         bias: float32 [E, outputs of w] is added.
-        activation: "none", "swiglu", "geglu", "geglu_tanh" or "relu2".
+        activation: "none", "swiglu", "silu" (swiglu of alpha 1, eager only), "geglu", "geglu_tanh"
+            or "relu2".
         order: rows of gate and up, "gate_up", "up_gate" or "interleaved".
         alpha_e, beta_e, limit_e: the parameter is a pointer [E], else a number; limit: it exists.
+        eager: sums, and what every operation on them gives, are rounded to the type of x.
         zero_tail: tiles of a negative expert write zeros.
         min_step: columns of the narrowest block of K in layout sm80_w4; 32 where 128 divides K.
         block_m, block_n, block_k, stages: rows, outputs (of w), K step, pipeline depth.
@@ -59,6 +61,7 @@ class Spec:
     beta_e: bool
     limit_e: bool
     limit: bool
+    eager: bool
     zero_tail: bool
     min_step: int
     block_m: int
@@ -71,7 +74,7 @@ class Spec:
     @property
     def gated(self) -> bool:
         """Two rows of w make an output."""
-        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+        return self.activation in ("swiglu", "silu", "geglu", "geglu_tanh")
 
     @property
     def outputs(self) -> int:

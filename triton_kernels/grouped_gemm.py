@@ -63,6 +63,7 @@ def _spec(
         "beta_e": False,
         "limit_e": False,
         "limit": False,
+        "eager": False,
         "zero_tail": False,
         "min_step": 32 if weight == "dense" else min(sm80_w4.steps(k)),
         "block_m": config.block_m,

@@ -60,9 +60,9 @@ def portable() -> bool:
     return settings.triton_interprets()
 
 
-def options(warps: int, stages: int = 1) -> dict[str, Any]:
+def options(warps: int, stages: int = 1, *, fusion: bool = True) -> dict[str, Any]:
     """Keyword arguments of a launch; FP fusion is named because its default changes."""
-    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
 
 
 def power_of_2(n: int) -> int:

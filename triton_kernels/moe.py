@@ -35,7 +35,9 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     w = sorted_rows(problem, config, t)
     _fc1(problem, config, t, w)
     _fc2(problem, config, t, w)
-    combine.combine(w["y"], t.ids, t.weights, t.out, problem.experts, problem.expert_offset)
+    local = (problem.experts, problem.expert_offset)
+    fused = problem.rounding == "fused"
+    combine.combine(w["y"], t.ids, t.weights, t.out, *local, fused=fused)
 
 
 def sorted_rows(problem: Problem, config: MoEConfig, t: MoETensors) -> dict[str, torch.Tensor]:
@@ -117,12 +119,13 @@ def _fc1(
         token_scale=token_scale is not None,
         expert_scale=expert_scale is not None,
         bias=t.b13 is not None,
-        activation=problem.activation,
+        activation=_activation(problem, t),
         order=problem.gate_up,
         alpha_e=isinstance(t.alpha, torch.Tensor),
         beta_e=isinstance(t.beta, torch.Tensor),
         limit_e=isinstance(t.limit, torch.Tensor),
         limit=t.limit is not None,
+        eager=problem.rounding == "eager",
     )
     multiply(
         spec,
@@ -141,13 +144,20 @@ def _fc1(
     )
 
 
+def _activation(problem: Problem, t: MoETensors) -> str:
+    """The activation as `Spec` names it: eager torch computes that of alpha 1 as silu."""
+    if problem.rounding == "eager" and problem.activation == "swiglu":
+        return "swiglu" if isinstance(t.alpha, torch.Tensor) or t.alpha != 1.0 else "silu"
+    return problem.activation
+
+
 def _fc2(
     problem: Problem,
     config: MoEConfig,
     t: MoETensors,
     w: dict[str, torch.Tensor],
 ) -> None:
-    """FC2 with bias; y float32 [R, H] in slot order."""
+    """FC2 with bias; y float32 [R, H] in slot order, where eager of values that x's dtype has."""
     mid, token_scale, expert_scale = fc2_input(problem, t, w)
     scales = {"token_scale": token_scale, "expert_scale": expert_scale}
     spec = spec_of(
@@ -156,6 +166,7 @@ def _fc2(
         mid,
         scatter=True,
         bias=t.b2 is not None,
+        eager=problem.rounding == "eager",
         **{name: value is not None for name, value in scales.items()},
     )
     multiply(

@@ -87,8 +87,11 @@ def patch(
 
     Dense experts run on the model's own parameters, as they are at each call. Where the layer
     stores them transposed (gpt-oss), they are laid out once in the order cutemoe reads, one layer
-    at a time; shapes and values stay, and so does the memory taken. Experts quantized with
-    `quantize_experts_` run as they are. Gated delta nets decode with `cutemoe.gdn_decode`, which
+    at a time; shapes and values stay, and so does the memory taken. They round to the model's dtype
+    after every operation, where transformers' "grouped_mm" and "batched_mm" experts do
+    (`rounding="eager"` of `cutemoe.fused_moe`): what may differ is the order of a product's sums.
+    Experts quantized with `quantize_experts_` run as they are, in float32 but for the inputs of
+    their products (`rounding="fused"`). Gated delta nets decode with `cutemoe.gdn_decode`, which
     updates the states of the model's cache in place; their prompts stay transformers'.
     `generate(..., assistant_model=draft)` then works on a model with gated delta nets, whose tokens
     `cutemoe.gdn_verify` verifies; a draft model with gated delta nets is patched as well.

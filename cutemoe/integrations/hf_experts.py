@@ -52,19 +52,33 @@ def experts_forward(
 ) -> torch.Tensor:
     """The weighted sum of the chosen experts, as transformers calls an experts implementation.
 
+    Dense layers round after every operation, where transformers' own "grouped_mm" and "batched_mm"
+    do (`rounding="eager"` of `fused_moe`); packed layers have nothing to equal and round least.
+
     Args:
         self: the layer.
         hidden_states: [T, H] bfloat16 or float16.
         top_k_index: [T, K]; an index outside the layer (transformers writes `num_experts` for the
             experts of other ranks) adds nothing.
-        top_k_weights: [T, K] of any floating dtype.
+        top_k_weights: [T, K] of any floating dtype. Dense layers multiply by those of the dtype of
+            hidden_states as they are, and round the products to it; others become float32.
 
     Returns:
         [T, H] in the dtype of hidden_states.
     """
-    layer = _packed(self) if is_packed(self) else _dense(self)
-    weights = top_k_weights.to(torch.float32)
-    return fused_moe(hidden_states, layer.moe, top_k_index, weights, activation=layer.activation)
+    packed = is_packed(self)
+    layer = _packed(self) if packed else _dense(self)
+    weights = top_k_weights
+    if packed or weights.dtype != hidden_states.dtype:
+        weights = weights.to(torch.float32)
+    return fused_moe(
+        hidden_states,
+        layer.moe,
+        top_k_index,
+        weights,
+        activation=layer.activation,
+        rounding="fused" if packed else "eager",
+    )
 
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

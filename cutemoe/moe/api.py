@@ -138,6 +138,7 @@ def fused_moe(
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     deterministic: bool = True,
+    rounding: str = "fused",
     backend: str = "auto",
 ) -> torch.Tensor:
     """Runs every token through its experts and adds the weighted results.
@@ -152,13 +153,20 @@ def fused_moe(
         moe: `prepare_moe`'s result, on the device of x.
         ids: [T, K] int32 or int64. A slot whose id is outside [expert_offset, expert_offset + E) is
             skipped, whatever its weight; a token with no other slots gives a zero row.
-        weights: [T, K] float32.
+        weights: [T, K] float32; with rounding "eager" the dtype of x as well.
         activation: SwiGLU or GeGLU for gated layers, ReLU2 for ungated ones.
         expert_offset: id of the first of the E experts in moe.
         out: [T, H] to write to, of the dtype of x.
         workspace: scratch memory of sufficient size; with it and out, nothing is allocated, but for
             a copy of x in back end "cute" where its rows do not start at multiples of 16 bytes.
         deterministic: False allows a back end to give other bits in each run.
+        rounding: "fused" as above, or "eager", for bf16 and fp16 activations: as torch's operators
+            one after the other in the dtype of x, so that a model gives the tokens it gives there.
+            Each of these rounds its float32 result to that dtype: both products, both additions of
+            a bias (itself rounded), silu(gate) where alpha is the number 1, else alpha * gate, its
+            sigmoid and gate * sigmoid; up + beta, the product of both; gelu(gate) and its product
+            with up; relu(x)^2. limit is rounded, and so is y * weight where weights have the dtype
+            of x. The sum over the slots is float32, in their order, and rounds once.
         backend: "auto" (then moe.backend), or the name of one (`cutemoe.backends("fused_moe")`).
 
     Returns:
@@ -176,9 +184,10 @@ def fused_moe(
     >>> y[:, 0].tolist()  # (sum of 16 ones)^2, once with both experts, once with one
     [256.0, 128.0]
     """
-    _check_options(expert_offset, deterministic, backend)
+    _check_options(expert_offset, deterministic, rounding, backend)
     t, requested = _tensors(x, moe, ids, weights, activation, out, workspace, backend)
-    call = (*operator.operands(t, moe), kind(activation), expert_offset, deterministic, requested)
+    options = (expert_offset, deterministic, rounding, requested)
+    call = (*operator.operands(t, moe), kind(activation), *options)
     if torch.compiler.is_compiling():
         operator.fused_moe(*call)
         return t.out
@@ -191,9 +200,10 @@ def fused_moe(
     return t.out
 
 
-def _check_options(expert_offset: Any, deterministic: Any, backend: Any) -> None:
+def _check_options(expert_offset: Any, deterministic: Any, rounding: Any, backend: Any) -> None:
     _check_type("expert_offset", expert_offset, int, "an integer")
     _check_type("deterministic", deterministic, bool, "True or False")
+    _check_type("rounding", rounding, str, "a name")
     _check_type("backend", backend, str, "a name")
 
 
@@ -254,9 +264,10 @@ def _describe(
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     deterministic: bool = True,
+    rounding: str = "fused",
     backend: str = "auto",
 ) -> tuple[Problem, torch.device, str]:
-    _check_options(expert_offset, deterministic, backend)
+    _check_options(expert_offset, deterministic, rounding, backend)
     t, requested = _tensors(x, moe, ids, weights, activation, out, workspace, backend)
     problem = Problem.of(
         t,
@@ -265,6 +276,7 @@ def _describe(
         activation=kind(activation),
         expert_offset=expert_offset,
         deterministic=deterministic,
+        rounding=rounding,
     )
     return problem, x.device, requested
 

@@ -232,6 +232,13 @@ class Nvfp4Config:
     prefill: Prefill | None = None
 
 
+def refuse_rounding(problem: Problem) -> str | None:
+    """Why CuTe kernels, which keep sums and activation in float32, do not run this, or None."""
+    if problem.rounding == "fused":
+        return None
+    return f"rounding 'fused', got {problem.rounding!r} (prepare with backend='triton')"
+
+
 def refuse(problem: Problem, device: Device) -> str | None:
     """Why the CuTe kernels do not run this layer, or None."""
     p = problem
@@ -240,6 +247,8 @@ def refuse(problem: Problem, device: Device) -> str | None:
     if p.activations not in TAKES.get(p.weight, ()):
         both = "weights and activations both nvfp4 or both mxfp4, or nvfp4 weights and 16 bits"
         return f"{both}, got {p.weight} and {p.activations}"
+    if why := refuse_rounding(p):
+        return why
     if p.experts > MAX_EXPERTS:
         return f"local experts <= {MAX_EXPERTS}, got {p.experts}"
     rows, n13 = p.tokens * p.top_k, p.intermediate * (2 if p.gated else 1)

@@ -80,7 +80,8 @@ def plug_prefill(
 
 def prefill_of(problem: Problem, device: Device) -> Prefill | None:
     """What was plugged in for a problem, or None."""
-    if not _PLUGGED:
+    # what is plugged in rounds as it likes: not as torch, operation by operation
+    if not _PLUGGED or problem.rounding != "fused":
         return None
     rows = problem.tokens * problem.top_k
     for p in sorted(_PLUGGED.values(), key=lambda p: -p.rows):

@@ -105,6 +105,7 @@ def _call(
     activation: str,
     expert_offset: int,
     deterministic: bool,
+    rounding: str,
 ) -> tuple[Problem, MoETensors]:
     """Puts the tensors together again and validates the call."""
     experts, n13, hidden, inter = shape
@@ -138,6 +139,7 @@ def _call(
         activation=activation,
         expert_offset=expert_offset,
         deterministic=deterministic,
+        rounding=rounding,
     )
     return problem, t
 
@@ -181,7 +183,7 @@ fused_moe = define(
     "fused_moe(Tensor x, Tensor ids, Tensor weights, Tensor(a!) out, Tensor(b!)? workspace, "
     "Tensor?[] parts, SymInt[] shape, str format, str layout, int? group_size, float? alpha, "
     "float? beta, float? limit, str activations, str gate_up, str activation, int expert_offset, "
-    "bool deterministic, str backend) -> ()",
+    "bool deterministic, str rounding, str backend) -> ()",
     _run,
     _fake,
 )

@@ -60,7 +60,7 @@ def refuse_triton(problem: Problem, device: Device) -> str | None:
 def refuse_cute(problem: Problem, device: Device) -> str | None:
     """Why the CuTe kernels do not run this layer, or None."""
     why = cute_plan.refuse(problem.weight, problem.activations, problem.layout)
-    return why or _refuse_routing(problem)
+    return why or cute_nvfp4_plan.refuse_rounding(problem) or _refuse_routing(problem)
 
 
 @tune.kept

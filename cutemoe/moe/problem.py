@@ -13,6 +13,7 @@ from cutemoe.moe.workspace import layout_of
 
 GATE_UP = ("gate_up", "up_gate", "interleaved")
 ACTIVATIONS = ("bf16", "fp16", "fp8", "nvfp4", "mxfp4")
+ROUNDING = ("fused", "eager")
 IDS = {torch.int32: "int32", torch.int64: "int64"}
 
 
@@ -37,6 +38,8 @@ class Problem:
         ids: "int32" or "int64".
         expert_offset: id of the first local expert.
         deterministic: repeated calls must give the same bits.
+        rounding: "fused" (float32 but for the inputs of the GEMMs and the result) or "eager" (the
+            result of every operation has the dtype of x).
     """
 
     tokens: int
@@ -60,6 +63,7 @@ class Problem:
     ids: str
     expert_offset: int
     deterministic: bool
+    rounding: str
 
     @staticmethod
     def of(
@@ -70,14 +74,16 @@ class Problem:
         activation: str,
         expert_offset: int,
         deterministic: bool,
+        rounding: str,
     ) -> Problem:
         """Validates the tensors of a call against the layer; raises InvalidCall."""
         experts, hidden, intermediate = t.w2.shape
         gated = t.w13.shape[1] == 2 * intermediate
         _check_activation(activation, gated)
         _check_x(t, hidden, activations)
+        _check_rounding(rounding, activations)
         check_same_device("moe", t.w2.device, t.x)
-        _check_routing(t)
+        _check_routing(t, rounding)
         if not 0 <= expert_offset <= 2**31 - 1 - experts:
             raise invalid("expert_offset", f"0 to 2**31 - 1 - {experts}", expert_offset)
         per_expert = _check_params(t, experts)
@@ -105,6 +111,7 @@ class Problem:
             ids=IDS[t.ids.dtype],
             expert_offset=expert_offset,
             deterministic=deterministic,
+            rounding=rounding,
         )
         _check_workspace(t, problem)
         return problem
@@ -129,14 +136,27 @@ def _check_x(t: MoETensors, hidden: int, activations: str) -> None:
     check_rows("x", x)
 
 
-def _check_routing(t: MoETensors) -> None:
+def _check_rounding(rounding: str, activations: str) -> None:
+    if rounding not in ROUNDING:
+        raise invalid("rounding", f"one of {ROUNDING}", repr(rounding))
+    if rounding == "eager" and activations not in ("bf16", "fp16"):
+        fix = "prepare_moe(activations='bf16') or 'fp16', the dtype of x"
+        raise invalid("rounding", f"'fused' for activations {activations!r}", "'eager'", fix)
+
+
+def _check_routing(t: MoETensors, rounding: str) -> None:
     tokens = t.x.shape[0]
     if t.ids.dtype not in IDS:
         raise invalid("ids", "int32 or int64", t.ids.dtype)
     if t.ids.ndim != 2 or t.ids.shape[0] != tokens or t.ids.shape[1] == 0:
         raise invalid("ids", f"shape [{tokens}, top_k >= 1] for this x", list(t.ids.shape))
     check_tensor("ids", t.ids, t.ids.dtype, tuple(t.ids.shape), t.x.device)
-    check_tensor("weights", t.weights, torch.float32, tuple(t.ids.shape), t.x.device)
+    kept = rounding == "eager" and t.weights.dtype == t.x.dtype
+    if t.weights.dtype == t.x.dtype and not kept:
+        fix = "weights.to(torch.float32), or rounding='eager', which takes both"
+        raise invalid("weights", "torch.float32 with rounding='fused'", t.weights.dtype, fix)
+    wanted = t.x.dtype if kept else torch.float32
+    check_tensor("weights", t.weights, wanted, tuple(t.ids.shape), t.x.device)
     check_rows("ids", t.ids)
     check_rows("weights", t.weights)
 

@@ -26,7 +26,7 @@ def fused_moe_reference(
     """The layer's output [T, H] before its rounding to the dtype of x.
 
     Quantisation of activations is that of the problem, bit for bit. `dtype`, float32 or float64,
-    is that of all other products, sums and functions.
+    is that of all other products, sums and functions; with rounding "eager" of the sums only.
     """
     slots = problem.tokens * problem.top_k
     local = _local_experts(problem, t.ids)
@@ -38,9 +38,9 @@ def fused_moe_reference(
         if count:
             rows = order[start : start + count]
             tokens = rows.div(problem.top_k, rounding_mode="floor")
-            y[rows] = _expert(problem, t, expert, t.x[tokens], dtype)
+            y[rows] = _expert(problem, t, expert, t.x[tokens], dtype).to(dtype)
             start += count
-    return _combine(y.view(*local.shape, -1), t.weights.to(dtype), local < problem.experts)
+    return _combine(y.view(*local.shape, -1), t.weights, local < problem.experts)
 
 
 def _local_experts(problem: Problem, ids: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,10 @@ def _linear(
     y = multiply(values.to(dtype), w, expert)
     if multiplier is not None:
         y *= multiplier
+    if problem.rounding == "eager":
+        y = y.to(x.dtype)
     if bias is not None:
-        y += bias[expert]
+        y += bias[expert].to(y.dtype)
     return y
 
 
@@ -121,8 +123,20 @@ def _activate(problem: Problem, t: MoETensors, expert: int, h: torch.Tensor) -> 
     if t.limit is not None:
         limit = _of_expert(t.limit, expert, h)
         gate, up = torch.clamp(gate, max=limit), torch.clamp(up, -limit, limit)
+    if problem.rounding == "eager":
+        return _swiglu_eager(t, expert, gate, up)
     gate = gate * torch.sigmoid(_of_expert(t.alpha, expert, h) * gate)
     return gate * (up + _of_expert(t.beta, expert, h))
+
+
+def _swiglu_eager(t: MoETensors, expert: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Clamped gate and up in the dtype of x, as every operation's result."""
+    wide = gate.to(torch.float32)
+    if isinstance(t.alpha, torch.Tensor) or t.alpha != 1.0:
+        gate = gate * torch.sigmoid((_of_expert(t.alpha, expert, wide) * wide).to(gate.dtype))
+    else:
+        gate = functional.silu(gate)
+    return gate * (up.to(wide.dtype) + _of_expert(t.beta, expert, wide)).to(gate.dtype)
 
 
 def _of_expert(p: float | torch.Tensor, expert: int, like: torch.Tensor) -> torch.Tensor:
@@ -132,8 +146,14 @@ def _of_expert(p: float | torch.Tensor, expert: int, like: torch.Tensor) -> torc
 
 
 def _combine(y: torch.Tensor, weights: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """Sum over slots 0, 1, .. of weight * y [T, K, H]; the weight of a skipped slot is not used."""
+    """Sum over slots 0, 1, .. of weight * y [T, K, H]; the weight of a skipped slot is not used.
+
+    Products have the dtype of y, and are rounded to that of weights where it has 16 bits.
+    """
     out = torch.zeros_like(y[:, 0])
     for k in range(y.shape[1]):
-        out += torch.where(live[:, k, None], weights[:, k, None] * y[:, k], 0.0)
+        product = weights[:, k, None].to(y.dtype) * y[:, k]
+        if weights.dtype != torch.float32:
+            product = product.to(weights.dtype).to(y.dtype)
+        out += torch.where(live[:, k, None], product, 0.0)
     return out

@@ -16,7 +16,8 @@ class MoETensors:
     Attributes:
         x: [T, H] bf16 or fp16, last dimension contiguous.
         ids: [T, K] int32 or int64, last dimension contiguous.
-        weights: [T, K] float32, last dimension contiguous.
+        weights: [T, K] float32, or with rounding "eager" of the dtype of x; last dimension
+            contiguous.
         out: [T, H] of the dtype of x, last dimension contiguous.
         w13: [E, 2I, H] gated or [E, I, H] ungated, rows in the order of `gate_up`.
         w2: [E, H, I].

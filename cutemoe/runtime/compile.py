@@ -77,7 +77,7 @@ class NotCompiled(InvalidCall):
         """The same with the call it happened in, and the presets that compile for it."""
         names = preset.covering(problem)
         fix = " or ".join(f"--preset {name}" for name in names) or (
-            f"no preset has these sizes, so make the call once without CUTEMOE_NO_JIT; presets: "
+            "no preset compiles it, so make the call once without CUTEMOE_NO_JIT; presets: "
             f"{', '.join(preset.PRESETS)}"
         )
         return NotCompiled(

@@ -76,7 +76,9 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def covering(problem: Any) -> list[str]:
-    """Names of the presets that have the sizes of a problem of any family."""
+    """Names of the presets that compile for a problem of any family, by its sizes."""
+    if getattr(problem, "rounding", "fused") != "fused":
+        return []
     return [name for name, preset in PRESETS.items() if _covers(preset, problem)]
 
 

@@ -19,6 +19,13 @@ from cutemoe.triton_kernels.grouped_gemm import spec_of
 
 EXPERTS = 256
 SCALES = {"mxfp4": "*i32", "nvfp4": "*i32", "int4": "*fp32"}
+# layers of rounding="eager"
+EAGER: dict[str, dict[str, Any]] = {
+    "eager-fc1": {"divide": 4, "activation": "swiglu", "order": "interleaved", "limit": True},
+    "eager-silu": {"divide": 10, "activation": "silu"},
+    "eager-gelu": {"divide": 8, "activation": "geglu_tanh"},
+    "eager-fc2": {"scatter": True},
+}
 SCALES_IN_ROWS = {"mxfp4": "*u8", "nvfp4": "*u8", "int4": "*bf16"}
 
 
@@ -85,7 +92,9 @@ class Case:
         dtype = torch.float16 if self.fp16 else torch.bfloat16
         x = torch.empty(self.rows, self.k, dtype=dtype, device="meta")
         given: dict[str, Any] = {"scatter": True, "bias": True, "expert_scale": True}
-        if self.layer == "fc1":
+        if self.layer in EAGER:
+            given = {"bias": True, "eager": True, **EAGER[self.layer]}
+        elif self.layer == "fc1":
             given = {
                 "divide": 6,
                 "token_scale": True,
@@ -116,7 +125,7 @@ class Case:
             "w_ptr": value if self.dense else "*i16" if self.packed else "*u8",
             "tiles_ptr": "*i32",
             "count_ptr": "*i32",
-            "out_ptr": "*fp32" if self.layer == "fc2" else value,
+            "out_ptr": "*fp32" if spec.scatter else value,
             "alpha": "*fp32" if spec.alpha_e else "fp32",
             "beta": "fp32",
             "limit": "fp32",

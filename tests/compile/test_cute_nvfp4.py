@@ -34,7 +34,7 @@ REAL = Problem(
     tokens=1, hidden=4096, intermediate=2048, experts=256, top_k=8, gated=True, weight="nvfp4",
     group_size=16, layout="sm120_fp4", activations="nvfp4", dtype="bf16", gate_up="gate_up",
     activation="swiglu", per_expert_params=False, has_limit=False, has_b13=False, has_b2=False,
-    static_scale=True, ids="int32", expert_offset=0, deterministic=True,
+    static_scale=True, ids="int32", expert_offset=0, deterministic=True, rounding="fused",
 )  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "decode": {},

@@ -11,7 +11,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.compile.harness import SMEM_LIMIT, Ref, compile_kernel
-from tests.compile.moe_specs import Case
+from tests.compile.moe_specs import EAGER, Case
 
 NEWER = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 8)
 
@@ -89,6 +89,16 @@ def test_no_spills_and_tensor_cores(case):
     if case.arch == 90:
         # at 8 rows Triton 3.6 takes mma.sync, 3.9 wgmma
         assert c.has_wgmma or case.config.block_m == 8
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("layer", EAGER)
+def test_eager_layers_compile_without_spills(layer, kind):
+    for rows in (600, 40000) if kind == "bf16" else (3000,):
+        c = build(Case(layer, kind, 0, kind, 2880, rows, 90))
+        assert c.has_mma and c.local_bytes == 0 and c.shared <= SMEM_LIMIT[90]
+        # sums are rounded before the bias is added, and again after it
+        assert c.count(r"F2FP?\.(BF16|F16)\S*") > 1
 
 
 def loop(sass: str) -> list[str]:
@@ -211,3 +221,20 @@ def test_small_kernels_do_not_spill(name, arch):
         options={"enable_fp_fusion": True},
     )
     assert c.local_bytes == 0 and c.spills == 0 and c.shared <= SMEM_LIMIT[86]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
+def test_eager_products_are_rounded_before_the_sum(kind):
+    """FP fusion off: no product goes unrounded into the sum of a fused multiply-add."""
+    module, signature, constexprs = SMALL["combine_slots"]
+    types = {"weights_ptr": f"*{kind}", "out_ptr": "*fp16" if kind == "fp16" else "*bf16"}
+    c = compile_kernel(
+        f"cutemoe.triton_kernels.{module}",
+        "combine_slots",
+        {**signature, **types},
+        constexprs,
+        90,
+        options={"enable_fp_fusion": False},
+    )
+    assert c.local_bytes == 0 and c.count(r"FFMA(\S*)?") == 0
+    assert c.count(r"FMUL(\S*)?|HMUL2(\S*)?") > 0

@@ -101,6 +101,39 @@ def test_a_layer_computes_what_its_own_experts_do(name: str) -> None:
     assert_within(got, peer.to(x.dtype), oracle.double(), name)
 
 
+def with_exact_sums(layer: Any, dtype: torch.dtype) -> Any:
+    """The layer with weights whose products add up to the same number in any order.
+
+    w13 holds multiples of 1/4, and w2 one value in each row. x of 1/8 then gives h of 9 bits.
+    """
+    layer = filled(layer).to(dtype)
+    for name, p in layer.named_parameters():
+        if p.ndim == 3 and name != "down_proj":
+            p.copy_(torch.randint(-2, 3, p.shape) / 4)
+        elif p.ndim == 3:
+            rows = p.transpose(1, 2) if layer.is_transposed else p
+            kept = torch.zeros(rows.shape, dtype=torch.bool)
+            kept.scatter_(2, torch.randint(0, rows.shape[2], (*rows.shape[:2], 1)), True)
+            rows.masked_fill_(~kept, 0.0)
+    return layer
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["float32", "as_x"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_dense_layer_rounds_where_transformers_own_do(
+    name: str, dtype: torch.dtype, wide: bool
+) -> None:
+    layer = with_exact_sums(LAYERS[name][0](), dtype)
+    x = (torch.randint(-16, 17, (T, H)) / 8).to(dtype)
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    weights = torch.rand(T, K).to(torch.float32 if wide else dtype)
+    got = layer(x, ids, weights)
+    for implementation in ("grouped_mm", "batched_mm"):
+        layer.config._experts_implementation = implementation
+        assert_same(got, layer(x, ids, weights), implementation)
+
+
 def test_a_gate_of_another_kind_is_refused() -> None:
     class ClampsAfter(DeepseekV4Experts):
         def _apply_gate(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import cutemoe
 from cutemoe import InvalidCall, Unsupported
-from cutemoe.integrations import hf, hf_gdn
+from cutemoe.integrations import hf, hf_experts, hf_gdn
 from tests.close import assert_same, assert_within
 from tests.integrations.hf_models import MODELS, float64, generated, prompt, stepwise_logits
 
@@ -36,18 +36,22 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unpatch_gives_every_bit_back(kind: str) -> None:
-    model, tokens = MODELS[kind](), prompt()
+def test_unpatch_gives_every_bit_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, calls = MODELS[kind](), prompt(), []
+    spy = cutemoe.fused_moe
+    monkeypatch.setattr(hf_experts, "fused_moe", lambda *a, **k: calls.append(k) or spy(*a, **k))
     want = logits(model, tokens)
     before = {n: (p, p.stride()) for n, p in model.named_parameters()}
     how = model.get_experts_implementation()
     attributes = {n: set(m.__dict__) for n, m in model.named_modules()}
     assert hf.patch(model) is model
     assert model.get_experts_implementation()[""] == "cutemoe"
-    changed = logits(model, tokens)
+    logits(model, tokens)
+    assert {k["rounding"] for k in calls} == {"eager"}
     hf.unpatch(model)
+    calls.clear()
     assert_same(logits(model, tokens), want)
-    assert not torch.equal(changed, want)
+    assert not calls
     assert model.get_experts_implementation() == how
     assert {n: set(m.__dict__) for n, m in model.named_modules()} == attributes
     for name, p in model.named_parameters():

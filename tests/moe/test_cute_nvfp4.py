@@ -36,7 +36,7 @@ GOOD = Problem(
     tokens=16, hidden=4096, intermediate=2048, experts=256, top_k=8, gated=True, weight="nvfp4",
     group_size=16, layout=SM120, activations="nvfp4", dtype="bf16", gate_up="up_gate",
     activation="swiglu", per_expert_params=True, has_limit=True, has_b13=True, has_b2=True,
-    static_scale=True, ids="int32", expert_offset=0, deterministic=True,
+    static_scale=True, ids="int32", expert_offset=0, deterministic=True, rounding="fused",
 )  # fmt: skip
 MXFP4 = replace(GOOD, weight="mxfp4", activations="mxfp4", group_size=32, static_scale=False)
 W4A16 = replace(GOOD, activations="bf16", static_scale=False)
@@ -64,6 +64,7 @@ def test_what_is_promised_runs(good, change, device):
         ({"weight": "mxfp4"}, "both mxfp4, or nvfp4 weights and 16 bits, got mxfp4 and nvfp4"),
         ({"activations": "fp8"}, "nvfp4 weights and 16 bits, got nvfp4 and fp8"),
         ({"weight": "mxfp4", "activations": "bf16"}, "and 16 bits, got mxfp4 and bf16"),
+        ({"rounding": "eager"}, "rounding 'fused', got 'eager' (prepare with backend='triton')"),
         ({"experts": 1025}, "local experts <= 1024, got 1025"),
         ({"tokens": 2**28}, "tokens * top_k, and tiles of a GEMM, <= 2147483647"),
         ({"tokens": 2**27, "hidden": 8192}, "and tiles of a GEMM, <= 2147483647"),

@@ -23,7 +23,7 @@ LAYER = Problem(
     tokens=16, hidden=4096, intermediate=2048, experts=256, top_k=8, gated=True, weight="nvfp4",
     group_size=16, layout="sm120_fp4", activations="nvfp4", dtype="bf16", gate_up="up_gate",
     activation="swiglu", per_expert_params=True, has_limit=True, has_b13=True, has_b2=True,
-    static_scale=True, ids="int32", expert_offset=0, deterministic=True,
+    static_scale=True, ids="int32", expert_offset=0, deterministic=True, rounding="fused",
 )  # fmt: skip
 
 
@@ -48,6 +48,12 @@ def test_every_style_has_its_rows():
     ]  # fmt: skip
     assert {style_of(n, False) for n in rows} == {"pipeline"}
     assert style_of(9, True, ((8, "dynamic"), (9, "static"), (MAX_ROWS, "pipeline"))) == "static"
+
+
+def test_nothing_plugged_in_rounds_as_torch():
+    plug_prefill("other", lambda problem, tensors: None, 1)
+    assert prefill_of(LAYER, RTX) is not None
+    assert prefill_of(replace(LAYER, rounding="eager"), RTX) is None
 
 
 @given(tokens=st.integers(1, 200_000), top_k=st.integers(1, 32))

@@ -13,6 +13,7 @@ from tests.poison import Poison, kept
 T, K, E, H = 4, 2, 5, 64
 LAYER = exact_layer("mxfp4", E=E, H=H)
 MOE = LAYER.prepared()
+FP8 = exact_layer("mxfp4", "fp8", E=E, H=H).prepared()
 UNGATED = exact_layer("mxfp4", E=E, H=H, gated=False).prepared()
 R = draw.Routing(T=T, K=K, E=E, offset=0, pattern="uniform", seed=1)
 X, IDS, WEIGHTS = exact_x(T, LAYER, 1), R.ids(), R.weights()
@@ -47,6 +48,8 @@ BAD = {
     "ids device": ("ids", {"ids": IDS.to("meta")}),
     "weights type": ("weights", {"weights": 1.0}),
     "weights dtype": ("weights", {"weights": WEIGHTS.bfloat16()}),
+    "weights float64": ("weights", {"weights": WEIGHTS.double(), "rounding": "eager"}),
+    "weights not of x": ("weights", {"weights": WEIGHTS.half(), "rounding": "eager"}),
     "weights shape": ("weights", {"weights": WEIGHTS[:, :1]}),
     "weights stride": ("weights", {"weights": WEIGHTS.T.contiguous().T}),
     "weights device": ("weights", {"weights": WEIGHTS.to("meta")}),
@@ -78,6 +81,9 @@ BAD = {
         {"workspace": cutemoe.Workspace(torch.zeros(10**6, dtype=torch.uint8, device="meta"))},
     ),
     "deterministic": ("deterministic", {"deterministic": 1}),
+    "rounding": ("rounding", {"rounding": "torch"}),
+    "rounding type": ("rounding", {"rounding": None}),
+    "rounding of codes": ("rounding", {"rounding": "eager", "moe": FP8}),
     "backend": ("backend", {"backend": "cuda"}),
     "backend type": ("backend", {"backend": None}),
 }

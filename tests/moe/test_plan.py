@@ -43,6 +43,7 @@ GOOD = Problem(
     ids="int32",
     expert_offset=0,
     deterministic=True,
+    rounding="fused",
 )
 ROUTE = RouteProblem(
     tokens=16,
@@ -86,6 +87,16 @@ def test_triton_says_why_not(changed, words):
     assert words in (TRITON.reason(problem, H200) or "")
     found = explain("fused_moe", plan.BACKENDS, problem, H200, "triton")
     assert found.backend is None
+
+
+@pytest.mark.parametrize("weight", ["bf16", "mxfp4"])
+def test_triton_alone_rounds_as_torch(weight):
+    problem = replace(GOOD, weight=weight, rounding="eager")
+    assert choose("fused_moe", plan.BACKENDS, problem, H200, "auto") is TRITON
+    for layout in ("rows", "sm90_rs_w4"):
+        refused = {b.name: b.refuse(replace(problem, layout=layout), H200) for b in plan.BACKENDS}
+        assert all(refused[name] for name in refused if name.startswith("cute"))
+        assert refused["reference"] is None
 
 
 @pytest.mark.parametrize("device", [V100, BARE, Device("cpu", has_triton=True)], ids=str)
@@ -183,6 +194,7 @@ def test_the_hopper_layout_follows_the_activations(weight, activations):
         ({"layout": "rows"}, "layout sm90_rs_w4, got 'rows'"),
         ({"top_k": plan.MAX_TOP_K + 1}, "top_k <= 32, got 33"),
         ({"experts": plan.MAX_EXPERTS + 1}, "experts <= 1024, got 1025"),
+        ({"rounding": "eager"}, "rounding 'fused', got 'eager' (prepare with backend='triton')"),
     ],
 )
 def test_cute_says_why_not(changed, words):

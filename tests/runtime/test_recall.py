@@ -238,6 +238,13 @@ def test_layers_are_recalled(activations: str, monkeypatch: pytest.MonkeyPatch) 
                     assert len(calls) == seen
                     got = cutemoe.fused_moe(x, moe, ids, weights, **options)
                     assert len(calls) == seen and torch.equal(got, want)
+    if activations == "bf16":
+        for w in (weights, weights.bfloat16()):
+            want = cutemoe.fused_moe(x, second, ids, w, rounding="eager")
+            seen += 1
+            assert len(calls) == seen and not torch.equal(want, got)
+            assert torch.equal(cutemoe.fused_moe(x, second, ids, w, rounding="eager"), want)
+            assert len(calls) == seen
     with pytest.raises(cutemoe.InvalidCall, match="expert_offset"):
         cutemoe.fused_moe(x, second, ids, weights, expert_offset=True)
     with pytest.raises(cutemoe.InvalidCall, match="weights"):
