@@ -74,7 +74,7 @@ class Problem:
         activation: str,
         expert_offset: int,
         deterministic: bool,
-        rounding: str,
+        rounding: str = "fused",
     ) -> Problem:
         """Validates the tensors of a call against the layer; raises InvalidCall."""
         experts, hidden, intermediate = t.w2.shape
