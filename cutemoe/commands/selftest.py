@@ -45,6 +45,8 @@ SHAPES = (
     (150, 2, 4, 320, 144, True),
     (500, 2, 4, 1040, 272, True),
 )
+# x, layer, ids, weights and activation
+Call = tuple[torch.Tensor, PreparedMoE, torch.Tensor, torch.Tensor, Any]
 
 
 @dataclass
@@ -107,17 +109,17 @@ def compare(found: Findings) -> None:
                 n, of = found.exact[f"{format} {name}"]
                 found.exact[f"{format} {name}"] = n + same, of + 1
         if native:
-            found.random[format] = max(_apart(*call) for call in layers(format, exact=False))
+            found.random[format] = max(_apart(call) for call in layers(format, exact=False))
 
 
-def _apart(*call: Any) -> float:
+def _apart(call: Call) -> float:
     """Greatest difference between instruction and emulation, in units of the greatest output."""
     a, b = (_call(*call, name).double() for name in (NATIVE, EMULATED))
     return float((a - b).abs().max()) / float(b.abs().max())
 
 
-def layers(format: str, exact: bool) -> Iterator[tuple[Any, ...]]:
-    """x, layer, ids, weights and activation of every shape."""
+def layers(format: str, exact: bool) -> Iterator[Call]:
+    """A call of every shape."""
     block, scales = BLOCK[format], None
     if format == "nvfp4":
         scales = (2.0**-11, 2.0**-7) if exact else (0.005, 0.01)

@@ -86,7 +86,7 @@ def test_the_exact_layers_are_exact(format, on_cpu, monkeypatch):
 
 
 def test_every_back_end_is_compared_in_both_formats(on_cpu, monkeypatch):
-    monkeypatch.setattr(selftest, "SHAPES", selftest.SHAPES[:2])
+    monkeypatch.setattr(selftest, "SHAPES", selftest.SHAPES[:1])
     card = types.SimpleNamespace(of=lambda _: types.SimpleNamespace(arch=120))
     monkeypatch.setattr(selftest, "Device", card)
 
@@ -102,7 +102,7 @@ def test_every_back_end_is_compared_in_both_formats(on_cpu, monkeypatch):
     failed = {name for name, (n, of) in found.exact.items() if n < of}
     emulated = {f"{f} {selftest.EMULATED}" for f in selftest.BLOCK}
     assert failed == {"mxfp4 cute_nvfp4_static", *emulated}
-    assert all(of == 2 for _, of in found.exact.values())
+    assert all(of == 1 for _, of in found.exact.values())
     assert found.random == {"nvfp4": 0.5, "mxfp4": 0.5}
 
 
