@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false
 """FP4 x FP4 layers by a bf16 layer, as engines emulate them on cards without FP4 instructions.
 
 Written here, in torch and Triton, after what vLLM 0.33.0 does on such cards (`fused_moe/experts/
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from workloads import MoEWorkload
 
 import cutemoe
@@ -59,7 +62,7 @@ def unavailable() -> str | None:
     if torch.cuda.is_available():
         major = torch.cuda.get_device_capability()[0]
         return None if major in GROUPED_MM else f"needs sm_90 or sm_100, got sm_{major}x"
-    return None if triton.knobs.runtime.interpret else "needs a CUDA device, or TRITON_INTERPRET=1"
+    return None if knobs.runtime.interpret else "needs a CUDA device, or TRITON_INTERPRET=1"
 
 
 def refuse(w: MoEWorkload) -> str | None:
@@ -141,7 +144,9 @@ def _decoded(
     size, scale = q.data[0].numel(), q.scale.view(torch.uint8)
     e8m0, half = q.format == "mxfp4", GROUP[q.format] // 2
     grid = (triton.cdiv(size, _BYTES), out.shape[0])
-    _decode[grid](q.data, scale, out, experts, ends, size, half, e8m0, _BYTES)
+    _decode[grid](
+        q.data, scale, out, experts, ends, size, half, e8m0, _BYTES, enable_fp_fusion=True
+    )  # fmt: skip
     return out
 
 
@@ -189,8 +194,9 @@ def combined(
     out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=y.device)
     grid = (tokens, triton.cdiv(hidden, _COLUMNS))
     _combine[grid](
-        y, _of_experts(factor, experts), place, ids, weights, out, hidden, top_k, _COLUMNS
-    )
+        y, _of_experts(factor, experts), place, ids, weights, out, hidden, top_k, _COLUMNS,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 

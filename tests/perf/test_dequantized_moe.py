@@ -36,7 +36,7 @@ def test_it_says_what_it_does_not_run() -> None:
 def test_without_a_card_it_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for interpret, why in ((True, None), (False, "needs a CUDA device, or TRITON_INTERPRET=1")):
-        monkeypatch.setattr(peer.triton.knobs.runtime, "interpret", interpret)
+        monkeypatch.setattr(peer.knobs.runtime, "interpret", interpret)
         assert peer.unavailable() == why
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, runs in (((9, 0), True), ((8, 0), False), ((12, 0), False)):
