@@ -16,9 +16,10 @@ graph may be captured), the gated unit and the rounding are one kernel. What it 
 2 bytes a weight of the drawn experts, written and read again, where FP4 is read once.
 
 The grouped product rounds to bf16 before the multiplier of an expert can be applied, torch's own
-path after it, so other codes flip than those that the gate allows for. Of many slots that evens
-out; of 10 and of 40 it failed the gate in 3 of 14 draws of an nvfp4 layer (CPU, 2026-11-30). Up to
-FEW_SLOTS slots therefore have a decoded weight each, and torch.bmm with float32 results.
+path after it, so other codes flip than those that the gate allows for. Of nvfp4 layers with 10 and
+40 slots it failed the gate in 3 of 14 draws, where 8 tokens of 32 and 80 slots are checked in 1 of
+37 (CPU, 2026-11-30); mxfp4 has no multipliers. Up to FEW_SLOTS slots therefore have a decoded
+weight each, and torch.bmm with float32 results.
 
 All but the products is Triton, and runs in its interpreter. Rejected: torch.bmm for many slots,
 which needs as many rows for every expert as the fullest has. Numbers are finite, and products of
