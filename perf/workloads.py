@@ -24,7 +24,7 @@ class MoEWorkload:
     Attributes:
         hidden, intermediate, experts, top_k: H, I, E, K.
         weights, group_size: format of both weights; group_size None is the format's default.
-        activations: what the GEMMs multiply with: "bf16", "fp8" or "nvfp4".
+        activations: what the GEMMs multiply with: "bf16", "fp8", "nvfp4" or "mxfp4".
         gate_up: order of the rows of w13.
         swiglu: (alpha, beta, limit) of the gated unit.
         biases: both projections have one.
@@ -145,6 +145,7 @@ def _variants(w: MoEWorkload) -> tuple[MoEWorkload, ...]:
         ),
         dataclasses.replace(w, name=f"{w.name}_nvfp4", weights="nvfp4"),
         dataclasses.replace(w, name=f"{w.name}_w4a4", weights="nvfp4", activations="nvfp4"),
+        dataclasses.replace(w, name=f"{w.name}_mxfp4_w4a4", weights="mxfp4", activations="mxfp4"),
     )
 
 
@@ -193,7 +194,8 @@ WORKLOADS: Mapping[str, Workload] = _by_name(
         *_variants(_SHAPES[4]),
         *_skewed(_SHAPES[0]),
         *_skewed(_HEADLINE[1]),
-        *(g for w in _HEADLINE if w.activations != "nvfp4" for g in _gemms(w)),
+        # grouped_gemm takes no FP4 activations
+        *(g for w in _HEADLINE if w.activations in ("bf16", "fp8") for g in _gemms(w)),
         *_gdn(),
     )
 )

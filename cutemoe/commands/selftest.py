@@ -1,9 +1,10 @@
-"""`cutemoe selftest`: NVFP4 layers by the FP4 instructions of SM120, and by their emulation.
+"""`cutemoe selftest`: FP4 layers by the instructions of SM120, and by their emulation.
 
-For owners of a card that the kernels were written for and never ran on. Layers whose every sum is
-exact must equal torch bit for bit, whatever computes them. Random layers tell how far instruction
-and emulation are apart: they add up the same products in another order, so they differ by float32
-rounding, and where that moves a code of the FC1 output, by one code.
+For owners of a card that the kernels were written for and never ran on. Weights and activations
+are both NVFP4 or both MXFP4. Layers whose every sum is exact must equal torch bit for bit, whatever
+computes them. Random layers tell how far instruction and emulation are apart: they add up the same
+products in another order, so they differ by float32 rounding, and where that moves a code of the
+FC1 output, by one code.
 
 The last line is made to be pasted into an issue. On other cards only the emulation runs.
 """
@@ -33,7 +34,10 @@ STYLES = (
     "cute_nvfp4_dynamic",
     EMULATED,
 )
-# tokens, slots, experts, hidden, intermediate, gated: every tile height, widths no tile divides
+# of weights and activations -> values that share a scale
+BLOCK = {"nvfp4": 16, "mxfp4": 32}
+# tokens, slots, experts, hidden, intermediate, gated: every tile height, widths no tile divides;
+# widths are rounded up to blocks
 SHAPES = (
     (1, 2, 8, 256, 192, True),
     (40, 4, 6, 544, 208, True),
@@ -41,6 +45,8 @@ SHAPES = (
     (150, 2, 4, 320, 144, True),
     (500, 2, 4, 1040, 272, True),
 )
+# x, layer, ids, weights and activation
+Call = tuple[torch.Tensor, PreparedMoE, torch.Tensor, torch.Tensor, Any]
 
 
 @dataclass
@@ -48,16 +54,16 @@ class Findings:
     """What was compared, and how it came out.
 
     Attributes:
-        exact: back end -> (layers equal to torch bit for bit, layers).
-        random: largest difference between instruction and emulation, in units of the largest
-            output, over the random layers; None where there is no instruction.
+        exact: format and back end -> (layers equal to torch bit for bit, layers).
+        random: format -> largest difference between instruction and emulation, in units of the
+            largest output, over the random layers; empty where there is no instruction.
         error: what stopped the test.
     """
 
     device: str
     versions: str
     exact: dict[str, tuple[int, int]] = field(default_factory=dict)
-    random: float | None = None
+    random: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
     @property
@@ -68,8 +74,7 @@ class Findings:
     def line(self) -> str:
         """The line to paste."""
         parts = [f"{name} {n}/{of}" for name, (n, of) in self.exact.items()]
-        if self.random is not None:
-            parts.append(f"native to emulated {self.random:.2e}")
+        parts += [f"{name} native to emulated {most:.2e}" for name, most in self.random.items()]
         what = ", ".join(parts) if not self.error else self.error
         return f"{'OK' if self.ok else 'FAIL'}: {self.versions}, {self.device}: {what}"
 
@@ -92,40 +97,41 @@ def run(as_json: bool = False) -> int:
 
 
 def compare(found: Findings) -> None:
-    """Runs every layer on every back end that this card has."""
+    """Runs every layer of both formats on every back end that this card has."""
     native = Device.of(torch.device("cuda")).arch in (120, 121)
     names = STYLES if native else STYLES[:-1]
-    found.exact = {name: (0, 0) for name in names}
-    for x, moe, ids, weights, activation in layers(exact=True):
-        want = _call(x, moe, ids, weights, activation, "reference")
-        for name in names:
-            same = torch.equal(_call(x, moe, ids, weights, activation, name), want)
-            n, of = found.exact[name]
-            found.exact[name] = n + same, of + 1
-    if native:
-        found.random = 0.0
-        for x, moe, ids, weights, activation in layers(exact=False):
-            a, b = (
-                _call(x, moe, ids, weights, activation, name).double()
-                for name in (NATIVE, EMULATED)
-            )
-            scale = float(b.abs().max())
-            found.random = max(found.random, float((a - b).abs().max()) / scale)
+    for format in BLOCK:
+        found.exact |= {f"{format} {name}": (0, 0) for name in names}
+        for call in layers(format, exact=True):
+            want = _call(*call, "reference")
+            for name in names:
+                same = torch.equal(_call(*call, name), want)
+                n, of = found.exact[f"{format} {name}"]
+                found.exact[f"{format} {name}"] = n + same, of + 1
+        if native:
+            found.random[format] = max(_apart(call) for call in layers(format, exact=False))
 
 
-def layers(exact: bool) -> Iterator[tuple[Any, ...]]:
-    """x, layer, ids, weights and activation of every shape."""
-    for seed, (tokens, slots, experts, hidden, inter, gated) in enumerate(SHAPES):
+def _apart(call: Call) -> float:
+    """Greatest difference between instruction and emulation, in units of the greatest output."""
+    a, b = (_call(*call, name).double() for name in (NATIVE, EMULATED))
+    return float((a - b).abs().max()) / float(b.abs().max())
+
+
+def layers(format: str, exact: bool) -> Iterator[Call]:
+    """A call of every shape."""
+    block, scales = BLOCK[format], None
+    if format == "nvfp4":
+        scales = (2.0**-11, 2.0**-7) if exact else (0.005, 0.01)
+    for seed, (tokens, slots, experts, *widths, gated) in enumerate(SHAPES):
+        hidden, inter = (-(-n // block) * block for n in widths)
         g = torch.Generator().manual_seed(seed)
         rows = inter * (2 if gated else 1)
-        w13, w2 = (_weight((experts, n, k), g, exact) for n, k in ((rows, hidden), (hidden, inter)))
+        w13, w2 = (
+            _weight(format, (experts, n, k), g, exact) for n, k in ((rows, hidden), (hidden, inter))
+        )
         moe = cutemoe.prepare_moe(
-            w13,
-            w2,
-            activations="nvfp4",
-            input_scale=(2.0**-11, 2.0**-7) if exact else (0.005, 0.01),
-            device="cuda",
-            backend=NATIVE,
+            w13, w2, activations=format, input_scale=scales, device="cuda", backend=NATIVE
         )
         x = torch.randn(tokens, hidden, generator=g)
         if exact:
@@ -139,14 +145,19 @@ def layers(exact: bool) -> Iterator[tuple[Any, ...]]:
         yield x.bfloat16().cuda(), moe, ids.cuda(), weights.cuda(), activation
 
 
-def _weight(shape: tuple[int, ...], g: torch.Generator, exact: bool) -> QuantizedTensor:
+def _weight(
+    format: str, shape: tuple[int, ...], g: torch.Generator, exact: bool
+) -> QuantizedTensor:
     """Random codes with scales 1/2 and 1, or quantised normal weights."""
     *lead, k = shape
     if not exact:
-        return cutemoe.quantize(torch.randn(shape, generator=g) * k**-0.5, "nvfp4")
+        return cutemoe.quantize(torch.randn(shape, generator=g) * k**-0.5, format)
     codes = torch.randint(0, 256, (*lead, k // 2), generator=g, dtype=torch.uint8)
-    scale = torch.exp2(torch.randint(-1, 1, (*lead, k // 16), generator=g).float())
-    return QuantizedTensor(codes, scale.to(torch.float8_e4m3fn), format="nvfp4")
+    exponent = torch.randint(-1, 1, (*lead, k // BLOCK[format]), generator=g)
+    if format == "mxfp4":
+        return QuantizedTensor(codes, (127 + exponent).to(torch.uint8), format=format)
+    scale = torch.exp2(exponent.float()).to(torch.float8_e4m3fn)
+    return QuantizedTensor(codes, scale, format=format)
 
 
 def _call(

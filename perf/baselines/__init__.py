@@ -1,4 +1,5 @@
-"""Peers to compare with. A file here is a peer; it adapts an installed package and vendors nothing.
+"""Peers to compare with. A file here is a peer; it adapts an installed package and vendors nothing,
+or it is our own text of a method that others use.
 
 A module `perf/baselines/<peer>.py` defines a subset of
 

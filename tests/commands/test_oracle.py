@@ -23,6 +23,7 @@ CONFIGS = {
     "dense": (None, "bf16"),
     "w4a8": ("int4", "fp8"),
     "w4a4": ("nvfp4", "nvfp4"),
+    "mxfp4 w4a4": ("mxfp4", "mxfp4"),
 }
 
 

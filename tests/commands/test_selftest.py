@@ -1,14 +1,21 @@
 """The self-test finds what it looks for, and says so in one line."""
 
 import json
+import types
 
 import pytest
 import torch
 
+import cutemoe
 from cutemoe.__main__ import main
 from cutemoe.commands import selftest
 from cutemoe.commands.selftest import Findings
+from cutemoe.gemm import reference as gemm
+from cutemoe.moe import api, reference
+from cutemoe.moe.prepare import prepare_moe
+from cutemoe.moe.problem import Problem
 from tests.conftest import HAS_GPU
+from tests.moe.cases import lowest_bit
 
 
 @pytest.mark.skipif(HAS_GPU, reason="a CUDA device is here")
@@ -22,40 +29,81 @@ def test_without_a_card_it_fails_in_one_line(capsys):
 
 
 def test_a_layer_that_differs_fails():
-    good = Findings("card", "versions", {"cute_nvfp4": (5, 5)}, 1e-3)
+    right = {"nvfp4 cute_nvfp4": (5, 5), "mxfp4 cute_nvfp4": (5, 5)}
+    good = Findings("card", "versions", right, {"nvfp4": 1e-3, "mxfp4": 0.0})
     assert good.ok and good.line() == (
-        "OK: versions, card: cute_nvfp4 5/5, native to emulated 1.00e-03"
+        "OK: versions, card: nvfp4 cute_nvfp4 5/5, mxfp4 cute_nvfp4 5/5, "
+        "nvfp4 native to emulated 1.00e-03, mxfp4 native to emulated 0.00e+00"
     )
-    bad = Findings("card", "versions", {"cute_nvfp4": (4, 5), "cute_nvfp4_emulated": (5, 5)})
-    assert not bad.ok and bad.line().startswith("FAIL: versions, card: cute_nvfp4 4/5, ")
+    bad = Findings("card", "versions", {**right, "mxfp4 cute_nvfp4": (4, 5)})
+    assert not bad.ok and bad.line().endswith("nvfp4 cute_nvfp4 5/5, mxfp4 cute_nvfp4 4/5")
 
 
-def test_the_exact_layers_are_exact(monkeypatch):
-    """In float32 and in float64, whatever the order of sums: the reference on the CPU."""
-    from cutemoe.moe import api
-    from cutemoe.moe.problem import Problem
-    from cutemoe.moe.reference import fused_moe_reference
-
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Layers of the self-test on the CPU, for the reference."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    from cutemoe.moe.prepare import prepare_moe as real
-
     monkeypatch.setattr(
         selftest.cutemoe,
         "prepare_moe",
-        lambda *a, **k: real(*a, **{**k, "device": "cpu", "backend": "reference"}),
+        lambda *a, **k: prepare_moe(*a, **{**k, "device": "cpu", "backend": "reference"}),
     )
-    shapes = 0
-    for x, moe, ids, weights, activation in selftest.layers(exact=True):
-        t, _ = api._tensors(x, moe, ids, weights, activation, None, None, "reference")
-        problem = Problem.of(
-            t, activations="nvfp4", gate_up="gate_up", activation=api.kind(activation),
-            expert_offset=0, deterministic=True,
-        )  # fmt: skip
-        wide = fused_moe_reference(problem, t, torch.float64)
-        narrow = fused_moe_reference(problem, t)
+
+
+def tensors(x, moe, ids, weights, activation):
+    t, _ = api._tensors(x, moe, ids, weights, activation, None, None, "reference")
+    problem = Problem.of(
+        t, activations=moe.activations, gate_up="gate_up", activation=api.kind(activation),
+        expert_offset=0, deterministic=True,
+    )  # fmt: skip
+    return problem, t
+
+
+@pytest.mark.parametrize("format", selftest.BLOCK)
+def test_the_exact_layers_are_exact(format, on_cpu, monkeypatch):
+    """In float32 and in float64, whatever the order of sums: the reference on the CPU."""
+    shapes, sums = 0, []
+
+    def multiply(x, w, group):
+        dense = w.group(group).values(slice(0, w.shape[1]), torch.float64)
+        most = (x.double().abs() @ dense.abs().T).amax(1)
+        low = torch.tensor([lowest_bit(row) for row in x], dtype=torch.float64)
+        sums.append(float((most / low).max()) / lowest_bit(dense))
+        return gemm.multiply(x, w, group)
+
+    for call in selftest.layers(format, exact=True):
+        assert call[1].activations == call[1].w13.format == format
+        problem, t = tensors(*call)
+        wide = reference.fused_moe_reference(problem, t, torch.float64)
+        with monkeypatch.context() as m:
+            m.setattr(reference, "multiply", multiply)
+            narrow = reference.fused_moe_reference(problem, t)
         assert torch.equal(narrow.double(), wide) and bool(wide.any())
         shapes += 1
     assert shapes == len(selftest.SHAPES)
+    # units of the lowest bit in the greatest sum of magnitudes of a row
+    assert max(sums) < 2**24
+
+
+def test_every_back_end_is_compared_in_both_formats(on_cpu, monkeypatch):
+    monkeypatch.setattr(selftest, "SHAPES", selftest.SHAPES[:1])
+    card = types.SimpleNamespace(of=lambda _: types.SimpleNamespace(arch=120))
+    monkeypatch.setattr(selftest, "Device", card)
+
+    def call(x, moe, ids, weights, activation, backend):
+        y = cutemoe.fused_moe(x, moe, ids, weights, activation=activation)
+        wrong = (backend, moe.activations) == ("cute_nvfp4_static", "mxfp4")
+        return y + wrong if backend != selftest.EMULATED else y * 2
+
+    monkeypatch.setattr(selftest, "_call", call)
+    found = Findings("card", "versions")
+    selftest.compare(found)
+    assert list(found.exact) == [f"{f} {b}" for f in selftest.BLOCK for b in selftest.STYLES]
+    failed = {name for name, (n, of) in found.exact.items() if n < of}
+    emulated = {f"{f} {selftest.EMULATED}" for f in selftest.BLOCK}
+    assert failed == {"mxfp4 cute_nvfp4_static", *emulated}
+    assert all(of == 1 for _, of in found.exact.values())
+    assert found.random == {"nvfp4": 0.5, "mxfp4": 0.5}
 
 
 @pytest.mark.gpu

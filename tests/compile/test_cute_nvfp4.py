@@ -49,7 +49,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 MXFP4 = {"weight": "mxfp4", "activations": "mxfp4", "group_size": 32, "static_scale": False}
 # every tile has its scales in one way or the other; activations are those of nvfp4
-KINDS |= {f"mxfp4 {k}": {**KINDS[k], **MXFP4} for k in ("decode", "prefill", "long prefill")}
+TILES = ("decode", "batch", "prefill", "long prefill")
+KINDS |= {f"mxfp4 {k}": {**KINDS[k], **MXFP4} for k in TILES}
 KINDS["mxfp4 odd widths"] = {"hidden": 2912, "intermediate": 736, "tokens": 2048, **MXFP4}
 W4A16 = {"activations": "bf16", "static_scale": False}
 KINDS |= {f"w4a16 {k}": {**KINDS[k], **W4A16} for k in ("decode", "long prefill", "odd widths")}
@@ -167,8 +168,10 @@ def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
     print(f"{kind} {dynamic} {arch}: {found['registers']} registers, {found['seconds']:.2f} s")
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill", "relu2"])
-def test_the_ptx_of_sm120_assembles_for_sm90_without_its_two_instructions(kind):
+@pytest.mark.parametrize(
+    "kind", [*TILES, "relu2", *(f"mxfp4 {k}" for k in TILES), "mxfp4 odd widths"]
+)
+def test_the_ptx_of_sm120_assembles_for_sm90_without_its_fp4_instructions(kind):
     c = configuration(kind, "sm_120a")
     whole = FusedConfig(c.sort, c.rows, c.fc1, of_fc2(c))
     parts = {

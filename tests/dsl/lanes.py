@@ -100,7 +100,7 @@ def inline_ptx(text: str, write_only_types: list[type[Value]], read_only_args: l
         if "m16n8k64" in text:
             sums = _block_scaled(groups, "2X" in text, [int(parts[i][0]) for i in (5, 7)])
         else:
-            sums = _m16n8k16(groups, _numbers if "bf16" in text else _halves)
+            sums = m16n8k16(groups, _numbers if "bf16" in text else _halves)
         return [kind(c) for c in sums]
     with np.errstate(all="ignore"):
         if text.startswith("div.rn.f32"):
@@ -137,8 +137,11 @@ def _fp16(pairs: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pairs.astype(np.float16)).view(np.uint32)[..., 0]
 
 
-def _m16n8k16(groups: list[list[np.ndarray]], pairs: Any) -> list[np.ndarray]:
-    """pairs: words to numbers."""
+def m16n8k16(groups: list[list[np.ndarray]], pairs: Any = _halves) -> list[np.ndarray]:
+    """Sums in double precision from the registers of D, which are not read, A, B and C.
+
+    pairs: words to numbers.
+    """
     _, a, b, c = groups
     A, B = np.zeros((16, 16)), np.zeros((16, 8))
     for lane in range(32):
@@ -190,8 +193,11 @@ class Sums(Float32):
     register = np.float32
 
 
-def device(name: str, *edits: tuple[str, str]) -> Any:
-    """The module cutemoe.dsl.<name> over lanes; every edit replaces a text that is there."""
+def device(name: str, *edits: tuple[str, str], sums: type[Float32] = Sums) -> Any:
+    """The module cutemoe.dsl.<name> over lanes; every edit replaces a text that is there.
+
+    sums: what float32 is in mma.
+    """
     spec = importlib.util.find_spec("cutemoe.dsl")
     assert spec is not None and spec.submodule_search_locations is not None
     source = (Path(spec.submodule_search_locations[0]) / f"{name}.py").read_text()
@@ -210,7 +216,7 @@ def device(name: str, *edits: tuple[str, str]) -> Any:
         "cute": types.SimpleNamespace(arch=arch, jit=lambda f: f),
         "const_expr": lambda x: x,
         "Uint32": Uint32,
-        "Float32": Sums if name == "mma" else Float32,
+        "Float32": sums if name == "mma" else Float32,
     }
     if name == "mma":
         codec = device("codec")

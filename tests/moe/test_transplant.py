@@ -1,4 +1,4 @@
-"""The PTX that is shipped for sm_120a, run on SM90 with its two FP4 instructions replaced.
+"""The PTX that is shipped for sm_120a, run on SM90 with its FP4 instructions replaced.
 
 Copies, addresses, barriers, order and epilogues are the compiler's for sm_120a; what is not says
 tests/compile/transplant.py. Results equal those of the emulated kernels bit for bit.
@@ -18,12 +18,13 @@ import cutemoe
 from cutemoe.moe import cute_nvfp4_plan
 from cutemoe.moe.cute_nvfp4_plan import most_tiles
 from cutemoe.moe.problem import Problem
+from cutemoe.moe.workspace import layout_of
 from cutemoe.runtime.device import Device
 from tests import strategies as draw
 from tests.close import assert_same
 from tests.compile.cute_nvfp4 import ask
 from tests.compile.transplant import transplanted
-from tests.moe.cases import Target, random_layer
+from tests.moe.cases import FP4, Target, random_layer
 from tests.poison import Poison
 
 pytest.importorskip("cutlass")
@@ -96,6 +97,49 @@ def flat(*args: Any) -> list[Any]:
     return [x for a in args for x in (flat(*a) if isinstance(a, tuple) else [a])]
 
 
+@dataclass(frozen=True)
+class Call:
+    """A layer's tensors, its stages for sm_120a, and what the emulation left in the workspace."""
+
+    problem: Problem
+    config: Any
+    t: Any
+    w: dict[str, torch.Tensor]
+    args: tuple[torch.Tensor, ...]
+    want: torch.Tensor
+
+
+def emulated(format, tokens, H, I, gated, gate_up):  # noqa: E741
+    """One call by the emulated kernels; x is quantised again, as y has overwritten its codes."""
+    from cutemoe.moe import cute_nvfp4_launch as launch
+    from cutemoe.moe.api import _tensors
+
+    layer = random_layer(format, format, E=4, H=H, I=I, gated=gated, gate_up=gate_up, seed=5)
+    moe = layer.prepared(GPU)
+    activation = cutemoe.SwiGLU(1.702, 1.0, 7.0) if gated else cutemoe.ReLU2()
+    r = draw.Routing(T=tokens, K=2, E=4, offset=0, pattern="skewed", seed=tokens)
+    args = GPU.put((draw.normal((tokens, H), 7, torch.bfloat16), r.ids(), r.weights()))
+    x, ids, weights = args
+    space = cutemoe.Workspace.for_moe(moe, tokens, 2)
+    call = {"activation": activation, "workspace": space, "backend": "cute_nvfp4"}
+    want = cutemoe.fused_moe(x, moe, ids, weights, **call)
+    t, _ = _tensors(x, moe, ids, weights, activation, None, space, "cute_nvfp4")
+    problem = Problem.of(
+        t, activations=format, gate_up=gate_up, activation="swiglu" if gated else "relu2",
+        expert_offset=0, deterministic=True,
+    )  # fmt: skip
+    here = Device.of(x.device)
+    c = launch.complete(cute_nvfp4_plan.configure(problem, replace(here, arch=120)), t)
+    w = layout_of(problem).views(space.buffer)
+    w["xq"], w["xq_scale"] = torch.empty_like(w["xq"]), torch.empty_like(w["xq_scale"])
+    xq = launch._codes(w, "xq")
+    rows = (w["sorted_slots"], w["expert_start"])
+    quantise = launch.quantise(replace(c.quantise, arch=here.arch))
+    quantise(x, ids, *rows, t.input_scale1, xq[2], xq[1], 0)
+    return Call(problem, c, t, w, args, want)
+
+
+@pytest.mark.parametrize("format", FP4)
 @pytest.mark.parametrize(
     ("tokens", "H", "I", "gated", "gate_up"),
     [
@@ -105,37 +149,17 @@ def flat(*args: Any) -> list[Any]:
         (400, 512, 256, True, "gate_up"),
     ],
 )
-def test_shipped_ptx_gives_the_bits_of_the_emulation(tokens, H, I, gated, gate_up):  # noqa: E741
+def test_shipped_ptx_gives_the_bits_of_the_emulation(format, tokens, H, I, gated, gate_up):  # noqa: E741
     from cutemoe.moe import cute_nvfp4_launch as launch
-    from cutemoe.moe.api import _tensors
-    from cutemoe.moe.cute_nvfp4_launch import _codes, _params, _scales, complete
-    from cutemoe.moe.workspace import layout_of
 
-    layer = random_layer("nvfp4", "nvfp4", E=4, H=H, I=I, gated=gated, gate_up=gate_up, seed=5)
-    moe = layer.prepared(GPU)
-    activation = cutemoe.SwiGLU(1.702, 1.0, 7.0) if gated else cutemoe.ReLU2()
-    r = draw.Routing(T=tokens, K=2, E=4, offset=0, pattern="skewed", seed=tokens)
-    x, ids, weights = GPU.put((draw.normal((tokens, H), 7, torch.bfloat16), r.ids(), r.weights()))
-    space = cutemoe.Workspace.for_moe(moe, tokens, 2)
-    call = {"activation": activation, "workspace": space, "backend": "cute_nvfp4"}
-    want = cutemoe.fused_moe(x, moe, ids, weights, **call)
-    t, _ = _tensors(x, moe, ids, weights, activation, None, space, "cute_nvfp4")
-    problem = Problem.of(
-        t, activations="nvfp4", gate_up=gate_up, activation="swiglu" if gated else "relu2",
-        expert_offset=0, deterministic=True,
-    )  # fmt: skip
-    device = replace(Device.of(x.device), arch=120)
-    c = complete(cute_nvfp4_plan.configure(problem, device), t)
-    w = layout_of(problem).views(space.buffer)
+    block = {"nvfp4": 16, "mxfp4": 32}[format]
+    H, I = (-(-n // block) * block for n in (H, I))  # noqa: E741
+    call = emulated(format, tokens, H, I, gated, gate_up)
+    problem, c, t, w = call.problem, call.config, call.t, call.w
+    x, ids, weights = call.args
     live = int(w["expert_start"][-1])
     tiles = (Tiles(w["tiles"]), w["tile_count"], w["sorted_slots"])
-    mid = _codes(w, "midq")
-    # y has overwritten the codes of x
-    w["xq"], w["xq_scale"] = torch.empty_like(w["xq"]), torch.empty_like(w["xq_scale"])
-    xq = _codes(w, "xq")
-    rows = (w["sorted_slots"], w["expert_start"])
-    emulated = replace(c.quantise, arch=Device.of(x.device).arch)
-    launch.quantise(emulated)(x, ids, *rows, t.input_scale1, xq[2], xq[1], 0)
+    xq, mid = launch._codes(w, "xq"), launch._codes(w, "midq")
     with Poison("cuda") as poison:
 
         def fresh(t: torch.Tensor) -> torch.Tensor:
@@ -150,8 +174,8 @@ def test_shipped_ptx_gives_the_bits_of_the_emulation(tokens, H, I, gated, gate_u
         most = most_tiles(problem, tile.block_m)
         codes, scales = fresh(mid[2]), fresh(mid[1])
         run("build_fc1", c.fc1, most * -(-I // c.fc1.outputs), tile.threads, tile.smem_bytes,
-            (xq[0], xq[3], t.w13.data, _scales(t.w13.scale)), tiles,
-            (t.w13.factor, t.input_scale1, t.input_scale2), t.b13, _params(t),
+            (xq[0], xq[3], t.w13.data, launch._scales(t.w13.scale)), tiles,
+            (t.w13.factor, t.input_scale1, t.input_scale2), t.b13, launch._params(t),
             (codes, scales))  # fmt: skip
         assert_same(codes[:live], mid[2][:live], "codes of the FC1 output")
         assert_same(scales[:live], mid[1][:live], "scales of the FC1 output")
@@ -160,14 +184,14 @@ def test_shipped_ptx_gives_the_bits_of_the_emulation(tokens, H, I, gated, gate_u
         # one item's number beside the stages
         shared = tile.smem_bytes + 4
         run("build_fc2", c.fc2, items * -(-H // y.shape[1]), tile.threads, shared,
-            (mid[0], mid[3], t.w2.data, _scales(t.w2.scale)), tiles,
+            (mid[0], mid[3], t.w2.data, launch._scales(t.w2.scale)), tiles,
             (t.w2.factor, t.input_scale2), t.b2, y, (ids, weights, out),
             torch.zeros_like(w["sync"]), (0, 4, combiners))  # fmt: skip
-        assert_same(out, want)
+        assert_same(out, call.want)
 
 
 def run(build: str, config: Any, grid: int, block: int, shared: int, *args: Any) -> None:
-    """Compiles for sm_120a, replaces the two instructions, launches."""
+    """Compiles for sm_120a, replaces the FP4 instructions, launches."""
     ptx, mmas, conversions = transplanted(ask(build, config, "sm_120a")["ptx"])
     assert (mmas > 0) == (build != "build_quantise") and (conversions > 0) == (build != "build_fc2")
     Kernel(ptx).launch(grid, block, shared, *flat(*args))

@@ -19,6 +19,7 @@ ALL = {
         dataclasses.replace(TINY, name="tiny_oss", **workloads.GPT_OSS),
         dataclasses.replace(TINY, name="tiny_w4a8", weights="int4", activations="fp8"),
         dataclasses.replace(TINY, name="tiny_w4a4", weights="nvfp4", activations="nvfp4"),
+        dataclasses.replace(TINY, name="tiny_mxfp4_w4a4", activations="mxfp4"),
         GemmWorkload("tiny_gemm", 256, 512, 16, 4, batches=(4,)),
         GemmWorkload("tiny_gemm_fp8", 256, 512, 16, 4, "int4", None, "fp8", (4,)),
         *(

@@ -66,7 +66,10 @@ def test_weight_bits(weights: str, group: int | None, bits: float) -> None:
     assert weight_bits(weights, group) == bits
 
 
-@pytest.mark.parametrize("name", ["headline", "headline_w4a8", "headline_nvfp4", "gpt_oss_20b"])
+@pytest.mark.parametrize(
+    "name",
+    ["headline", "headline_w4a8", "headline_nvfp4", "headline_mxfp4_w4a4", "gpt_oss_20b"],
+)
 def test_expert_bytes_are_those_of_a_real_layer(name: str) -> None:
     w = WORKLOADS[name]
     assert isinstance(w, MoEWorkload)

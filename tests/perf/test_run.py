@@ -26,6 +26,7 @@ TINY_FP8 = dataclasses.replace(
     TINY, name="tiny_fp8", hidden=128, intermediate=128, weights="int4", activations="fp8"
 )
 TINY_NVFP4 = dataclasses.replace(TINY, name="tiny_nvfp4", weights="nvfp4", activations="nvfp4")
+TINY_MXFP4 = dataclasses.replace(TINY, name="tiny_mxfp4", activations="mxfp4")
 GEMM = GemmWorkload("tiny_gemm", 32, 64, 8, 2, batches=(1, 5))
 GEMM_FP8 = dataclasses.replace(
     GEMM, name="tiny_gemm_fp8", k=128, weights="int4", activations="fp8", batches=(3,)
@@ -35,7 +36,7 @@ GDN = tuple(
     for state in ("float32", "bfloat16")
     for mode, tokens in zip(workloads.GDN_MODES, (1, 2, 3, 4), strict=True)
 )
-ALL = {w.name: w for w in (TINY, TINY_OSS, TINY_FP8, TINY_NVFP4, GEMM, GEMM_FP8, *GDN)}
+ALL = {w.name: w for w in (TINY, TINY_OSS, TINY_FP8, TINY_NVFP4, TINY_MXFP4, GEMM, GEMM_FP8, *GDN)}
 
 
 @pytest.fixture
@@ -143,6 +144,14 @@ def test_a_peer_passes_the_same_gate(tiny: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(baselines, "load", lambda name: peer)
     code, records = tiny("--workloads=tiny,tiny_float32_decode", "--backends=peer:fake")
     assert code == 0 and [r.backend for r in records] == ["peer:fake"] * 2
+
+
+@pytest.mark.parametrize("name", ["tiny_nvfp4", "tiny_mxfp4"])
+def test_decoded_weights_are_measured_beside_our_own(tiny: Any, name: str) -> None:
+    peer = "peer:dequantized_moe"
+    code, records = tiny(f"--workloads={name}", f"--backends=reference,{peer}")
+    assert code == 0 and [r.backend for r in records] == ["reference"] * 2 + [peer] * 2
+    assert all(r.error is None for r in records)
 
 
 CPU = torch.device("cpu")

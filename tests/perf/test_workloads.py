@@ -26,6 +26,16 @@ def test_skewed_routing_is_measured_on_the_headline_shape() -> None:
         assert isinstance(w, MoEWorkload) and name.endswith(w.skew)
 
 
+@pytest.mark.parametrize("shape", ["headline", "qwen3_next"])
+@pytest.mark.parametrize(("suffix", "format"), [("w4a4", "nvfp4"), ("mxfp4_w4a4", "mxfp4")])
+def test_fp4_activations_are_measured_on_whole_layers(shape: str, suffix: str, format: str) -> None:
+    w, plain = WORKLOADS[f"{shape}_{suffix}"], WORKLOADS[shape]
+    assert isinstance(w, MoEWorkload) and (w.weights, w.activations) == (format, format)
+    as_plain = dataclasses.replace(w, name=shape, weights="mxfp4", activations="bf16")
+    assert as_plain == plain
+    assert f"{w.name}_g1" not in WORKLOADS
+
+
 def test_gdn_covers_the_grid() -> None:
     found = [w for w in WORKLOADS.values() if isinstance(w, GDNWorkload)]
     assert len(found) == 2 * 2 * 4 * 4
