@@ -30,6 +30,7 @@ import torch
 import transformers
 from hf_case import build
 
+from cutemoe import InvalidCall
 from cutemoe.integrations import hf
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -269,6 +270,28 @@ def own_rows(model: Any, ids: torch.Tensor, peer: Seen, new: int) -> dict[str, s
     return found
 
 
+def part_rows(model: Any, ids: torch.Tensor, peer: Seen, new: int) -> dict[str, dict[str, str]]:
+    """What stays equal where cutemoe runs experts or gated delta nets alone.
+
+    Rows of greedy tokens, and steps whose logits along the unmodified path have the same bits.
+    """
+    found = {}
+    for part in ("experts", "gdn"):
+        try:
+            hf.patch(model, experts=part == "experts", gdn=part == "gdn")
+        except InvalidCall:
+            # the model has no such layers
+            continue
+        tokens = generate(model, ids, new)
+        same = (logits_along(model, ids, peer.greedy) == peer.logits).all(dim=-1)
+        hf.unpatch(model)
+        found[part] = {
+            "rows": f"{rows_equal(peer.greedy, tokens)}/{len(ids)}",
+            "logits": f"{int(same.sum())}/{same.numel()}",
+        }
+    return found
+
+
 def check_dense(report: Report, name: str, key: str, seed: int, args: argparse.Namespace) -> None:
     """Compares one dense model with itself on cutemoe."""
     ids, dtype = prompts(seed, args.batch, args), DTYPES[key]
@@ -281,9 +304,10 @@ def check_dense(report: Report, name: str, key: str, seed: int, args: argparse.N
         speeds(report, model, what | {"runs": f"transformers {own}"}, args)
     alone = own_rows(model, ids, peer, args.new)
     want = oracle(model, ids, peer.greedy)
+    parts = part_rows(model, ids, peer, args.new)
     hf.patch(model)
     ours = see(model, ids, args.new, peer.greedy)
-    found = compare(peer, ours, want, dtype)
+    found = compare(peer, ours, want, dtype) | {"parts_equal": parts}
     report.line(check="dense", **what, transformers=own, transformers_rows_equal=alone, **found)
     if timed:
         speeds(report, model, what | {"runs": "cutemoe"}, args)

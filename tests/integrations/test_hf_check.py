@@ -35,6 +35,7 @@ def test_the_check_prints_a_line_for_every_comparison(tmp_path: Path) -> None:
     assert all(line["within_bound"] for line in lines if "within_bound" in line)
     assert all(line["decided_equal"] for line in lines if "decided_equal" in line)
     assert lines[3]["bits_equal"] is True
+    assert set(lines[1]["parts_equal"]) == {"experts"}
 
 
 def test_a_step_is_decided_where_roundings_cannot_change_the_token() -> None:

@@ -21,10 +21,13 @@ def test_finds_nothing(tool, group):
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on the PATH")
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # of torch's own kernels nothing is asked
+    # of torch's own kernels nothing is asked, nor of the driver functions that are looked up while a
+    # kernel is compiled, some of which a driver may lack
     command = [
         sanitizer, "--tool", tool, "--error-exitcode", "99",
-        "--kernel-name-exclude", "kernel_substring=at::", sys.executable, str(CALLS), group,
+        "--kernel-name-exclude", "kernel_substring=at::",
+        *(["--report-api-errors", "no"] if tool == "memcheck" else []),
+        sys.executable, str(CALLS), group,
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
