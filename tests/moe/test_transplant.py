@@ -122,7 +122,7 @@ def test_shipped_ptx_gives_the_bits_of_the_emulation(tokens, H, I, gated, gate_u
     t, _ = _tensors(x, moe, ids, weights, activation, None, space, "cute_nvfp4")
     problem = Problem.of(
         t, activations="nvfp4", gate_up=gate_up, activation="swiglu" if gated else "relu2",
-        expert_offset=0, deterministic=True,
+        expert_offset=0, deterministic=True, rounding="fused",
     )  # fmt: skip
     device = replace(Device.of(x.device), arch=120)
     c = complete(cute_nvfp4_plan.configure(problem, device), t)
