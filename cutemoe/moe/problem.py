@@ -151,11 +151,11 @@ def _check_routing(t: MoETensors, rounding: str) -> None:
     if t.ids.ndim != 2 or t.ids.shape[0] != tokens or t.ids.shape[1] == 0:
         raise invalid("ids", f"shape [{tokens}, top_k >= 1] for this x", list(t.ids.shape))
     check_tensor("ids", t.ids, t.ids.dtype, tuple(t.ids.shape), t.x.device)
-    kept = rounding == "eager" and t.weights.dtype == t.x.dtype
-    if t.weights.dtype == t.x.dtype and not kept:
+    as_x = t.weights.dtype == t.x.dtype
+    if as_x and rounding != "eager":
         fix = "weights.to(torch.float32), or rounding='eager', which takes both"
         raise invalid("weights", "torch.float32 with rounding='fused'", t.weights.dtype, fix)
-    wanted = t.x.dtype if kept else torch.float32
+    wanted = t.x.dtype if as_x else torch.float32
     check_tensor("weights", t.weights, wanted, tuple(t.ids.shape), t.x.device)
     check_rows("ids", t.ids)
     check_rows("weights", t.weights)

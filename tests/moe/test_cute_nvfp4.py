@@ -254,7 +254,7 @@ def launches(monkeypatch, style, moe, layer, x, ids, weights, activation=SATURAT
     t, _ = api._tensors(x, moe, ids, weights, activation, None, None, "auto")
     problem = Problem.of(
         t, activations=layer.activations, gate_up=layer.gate_up, activation="swiglu",
-        expert_offset=3, deterministic=True,
+        expert_offset=3, deterministic=True, rounding="fused",
     )  # fmt: skip
     config = replace(cute_nvfp4_plan.configure(problem, RTX), style=style)
     launch.run(problem, config, t)
@@ -399,7 +399,7 @@ def direct(layer, args, style, ctas, *, space=None, out=None, activation=SATURAT
     t, _ = api._tensors(x, moe, ids, weights, activation, out, space, "cute_nvfp4")
     problem = Problem.of(
         t, activations=layer.activations, gate_up=layer.gate_up, activation="swiglu",
-        expert_offset=0, deterministic=True,
+        expert_offset=0, deterministic=True, rounding="fused",
     )  # fmt: skip
     config = cute_nvfp4_plan.configure(problem, Device.of(x.device))
     run(problem, replace(config, style=style, ctas=ctas or config.ctas), t)

@@ -21,7 +21,7 @@ def test_finds_nothing(tool, group):
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on the PATH")
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # of torch's own kernels nothing is asked, nor of the driver functions that are looked up while a
+    # of torch's own kernels nothing is asked, nor of driver functions that are looked up while a
     # kernel is compiled, some of which a driver may lack
     command = [
         sanitizer, "--tool", tool, "--error-exitcode", "99",
