@@ -32,8 +32,12 @@ def recognise(name: str, module: Any) -> tuple[Activation, str]:
         module: of a class decorated with transformers' `use_experts_implementation`.
 
     Raises:
-        Unsupported: none of cutemoe's activations gives what the layer's own gate gives.
+        Unsupported: none of cutemoe's activations gives what the layer's own gate gives, or the
+            layer has a norm behind its second product.
     """
+    if getattr(module, "has_post_expert_norm", False):
+        kind = type(module).__name__
+        raise Unsupported(f"{name}: {kind} has a norm behind its experts, which cutemoe lacks")
     gate, up = _grid(2.0 * max((v for v in _numbers(module, _LIMITS) if v < 1e3), default=8.0))
     if not module.has_gate:
         if _same(module.act_fn, gate, F.relu(gate).square()):

@@ -148,6 +148,13 @@ def test_a_gate_of_another_kind_is_refused() -> None:
             hf_gate.recognise("here", layer)
 
 
+def test_a_norm_behind_the_experts_is_refused() -> None:
+    layer = MixtralExperts(config())
+    layer.has_post_expert_norm = True
+    with pytest.raises(Unsupported, match="here: MixtralExperts has a norm behind its experts"):
+        hf_gate.recognise("here", layer)
+
+
 def test_gates_of_unseen_classes_are_told_by_what_they_compute() -> None:
     class Swapped(nn.Module):
         def __init__(self, _: Any) -> None:
