@@ -166,7 +166,8 @@ def fused_moe(
             a bias (itself rounded), silu(gate) where alpha is the number 1, else alpha * gate, its
             sigmoid and gate * sigmoid; up + beta, the product of both; gelu(gate) and its product
             with up; relu(x)^2. limit is rounded, and so is y * weight where weights have the dtype
-            of x. The sum over the slots is float32, in their order, and rounds once.
+            of x. The sum over the slots is float32, in torch's order on a GPU (slots i, i + 4, ..
+            first), and rounds once.
         backend: "auto" (then moe.backend), or the name of one (`cutemoe.backends("fused_moe")`).
 
     Returns:

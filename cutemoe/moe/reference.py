@@ -40,7 +40,8 @@ def fused_moe_reference(
             tokens = rows.div(problem.top_k, rounding_mode="floor")
             y[rows] = _expert(problem, t, expert, t.x[tokens], dtype).to(dtype)
             start += count
-    return _combine(y.view(*local.shape, -1), t.weights, local < problem.experts)
+    live, parts = local < problem.experts, 1 if problem.rounding == "fused" else 4
+    return _combine(y.view(*local.shape, -1), t.weights, live, parts)
 
 
 def _local_experts(problem: Problem, ids: torch.Tensor) -> torch.Tensor:
@@ -145,15 +146,21 @@ def _of_expert(p: float | torch.Tensor, expert: int, like: torch.Tensor) -> torc
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
-def _combine(y: torch.Tensor, weights: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """Sum over slots 0, 1, .. of weight * y [T, K, H]; the weight of a skipped slot is not used.
+def _combine(
+    y: torch.Tensor, weights: torch.Tensor, live: torch.Tensor, parts: int
+) -> torch.Tensor:
+    """Sum over slots of weight * y [T, K, H]; the weight of a skipped slot is not used.
 
-    Products have the dtype of y, and are rounded to that of weights where it has 16 bits.
+    Products have the dtype of y, and are rounded to that of weights where it has 16 bits. Slots i,
+    i + parts, .. are added up first.
     """
     out = torch.zeros_like(y[:, 0])
-    for k in range(y.shape[1]):
-        product = weights[:, k, None].to(y.dtype) * y[:, k]
-        if weights.dtype != torch.float32:
-            product = product.to(weights.dtype).to(y.dtype)
-        out += torch.where(live[:, k, None], product, 0.0)
+    for i in range(parts):
+        part = torch.zeros_like(out)
+        for k in range(i, y.shape[1], parts):
+            product = weights[:, k, None].to(y.dtype) * y[:, k]
+            if weights.dtype != torch.float32:
+                product = product.to(weights.dtype).to(y.dtype)
+            part += torch.where(live[:, k, None], product, 0.0)
+        out += part
     return out

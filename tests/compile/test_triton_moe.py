@@ -158,7 +158,7 @@ SMALL = {
             **dict.fromkeys(("H", "expert_offset", "E"), "i32"),
             **dict.fromkeys(("stride_it", "stride_wt", "stride_ot"), "i64"),
         },
-        {"TOP_K": 32, "BLOCK": 256, "PORTABLE": False},
+        {"TOP_K": 32, "BLOCK": 256, "PARTS": 1, "PORTABLE": False},
     ),
     "quantize_rows": (
         "quantize",
@@ -232,7 +232,7 @@ def test_eager_products_are_rounded_before_the_sum(kind):
         f"cutemoe.triton_kernels.{module}",
         "combine_slots",
         {**signature, **types},
-        constexprs,
+        {**constexprs, "PARTS": 4},
         90,
         options={"enable_fp_fusion": False},
     )

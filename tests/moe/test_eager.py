@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.moe.cases import (
     DTYPES,
     EXACT,
     Layer,
+    Target,
     call,
     exact_layer,
     exact_x,
@@ -70,16 +72,28 @@ def gated(h: torch.Tensor, layer: Layer, activation: Any, expert: int) -> torch.
 
 
 def eager(
-    layer: Layer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: Any
+    layer: Layer,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activation: Any,
+    wgmma: bool = False,
 ) -> torch.Tensor:
-    """The layer with an operator of torch for every step, sums of products in float32."""
-    w13, w2 = (values(w, torch.float32) for w in (layer.w13, layer.w2))
+    """The layer with an operator of torch for every step, sums of products in float32.
+
+    wgmma: products are those of torch._grouped_mm, in the dtype of x.
+    """
+    w13, w2 = (values(w, x.dtype if wgmma else torch.float32) for w in (layer.w13, layer.w2))
 
     def linear(t: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, e: int) -> torch.Tensor:
-        y = (t.float() @ w[e].T).to(t.dtype)
+        if wgmma:
+            ends = torch.tensor([len(t)], dtype=torch.int32, device=t.device)
+            y = torch._grouped_mm(t, w[e : e + 1].transpose(1, 2), offs=ends)
+        else:
+            y = (t.float() @ w[e].T).to(t.dtype)
         return y if bias is None else y + bias[e].to(t.dtype)
 
-    y = torch.zeros(*ids.shape, layer.hidden, dtype=x.dtype)
+    y = torch.zeros(*ids.shape, layer.hidden, dtype=x.dtype, device=x.device)
     for e in range(layer.experts):
         rows, slots = torch.where(ids == e)
         if len(rows):
@@ -136,6 +150,49 @@ def test_random_layers_keep_the_bound(target, name, format):
     exact = naive(layer, x, ids, weights, activation, round_mid=False)
     got = call(target, layer, x, ids, weights, activation=activation, rounding="eager")
     assert_within(got, peer, exact)
+
+
+@both_weights
+@pytest.mark.parametrize("top_k", [4, 5, 10])
+def test_sums_over_slots_that_are_not_exact_have_the_bits_of_the_reference(target, top_k, wide):
+    layer = exact_layer("bf16", "bf16", E=12, seed=3)
+    x, r = exact_x(T, layer, 7), draw.Routing(T=T, K=top_k, E=12, offset=0, pattern="skips", seed=5)
+    weights = r.weights() if wide else r.weights().to(x.dtype)
+    options = {"activation": EXACT[0], "rounding": "eager"}
+    want = cutemoe.fused_moe(x, layer.prepared(), r.ids(), weights, backend="reference", **options)
+    assert_same(call(target, layer, x, r.ids(), weights, **options), want)
+
+
+@pytest.mark.gpu
+@both_weights
+@pytest.mark.parametrize("top_k", [1, 3, 4, 5, 8, 10, 32])
+def test_slots_are_added_up_in_the_order_of_torch_on_a_gpu(top_k, wide):
+    from cutemoe.triton_kernels.combine import combine
+
+    y = draw.normal((37, top_k, 320), 1, torch.bfloat16).cuda()
+    weights = draw.normal((37, top_k), 2, torch.float32 if wide else torch.bfloat16).cuda()
+    ids = torch.zeros(37, top_k, dtype=torch.int32, device="cuda")
+    out = torch.empty(37, 320, dtype=torch.bfloat16, device="cuda")
+    combine(y.float().flatten(0, 1), ids, weights, out, 1, 0, fused=False)
+    assert_same(out, (y * weights[..., None]).sum(dim=1).to(out.dtype))
+
+
+@pytest.mark.gpu
+@every_dtype
+@every_activation
+def test_a_layer_has_the_bits_of_torch_on_the_same_gpu(name, format):
+    """Products too: both multiply by wgmma, K ascending."""
+    activation = ACTIVATIONS[name]
+    layer = random_layer(format, format, gated=is_gated(activation), H=256, I=192, seed=9)
+    x = draw.normal((T, layer.hidden), 6, layer.dtype)
+    ids, weights = routed("skips", False, x.dtype)
+    target = Target("triton", "cuda")
+    got = call(target, layer, x, ids, weights, activation=activation, rounding="eager")
+    on_gpu = replace(
+        layer, **{n: target.put(getattr(layer, n)) for n in ("w13", "w2", "b13", "b2")}
+    )
+    x, ids, weights = target.put((x, ids, weights))
+    assert_same(got, eager(on_gpu, x, ids, weights, activation, wgmma=True).cpu())
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
