@@ -39,6 +39,7 @@ def gdn_decode(
     intermediate_indices: torch.Tensor | None = None,
     state_layout: str = "vk",
     out: torch.Tensor | None = None,
+    rounding: str = "fused",
     backend: str = "auto",
 ) -> torch.Tensor:
     """Runs T tokens of a gated delta net for each of B sequences, from the states of a pool.
@@ -67,6 +68,10 @@ def gdn_decode(
             after each token goes to; negative ones (or beyond the pool) are not stored. They
             differ from one another and from the slots other sequences read.
         out: [B, T, HV, DV] of v's dtype to write into.
+        rounding: "fused", or "eager" for the bits of torch's operators in the loop of transformers'
+            `torch_recurrent_gated_delta_rule`: no product goes unrounded into a sum, q is divided
+            by 1 / scale, and sums have torch's order on the device. On a GPU one kernel for
+            DK = DV = 128, float32 states, g and beta; what it does not take, torch computes.
         backend: "auto", "cute", "triton" or "reference".
 
     Returns:
@@ -83,7 +88,7 @@ def gdn_decode(
     if recalls:
         words = (
             getattr(q, "shape", None), scale, type(scale), qk_l2norm, type(qk_l2norm),
-            update_state, type(update_state), state_layout, backend, len(gates),
+            update_state, type(update_state), state_layout, rounding, backend, len(gates),
             state_indices is None, intermediate_states is None, intermediate_indices is None,
             out is None,
         )  # fmt: skip
@@ -98,7 +103,7 @@ def gdn_decode(
         q, k, v, state=state, a=a, b=b, A_log=A_log, dt_bias=dt_bias, g=g, beta=beta,
         state_indices=state_indices, scale=scale, qk_l2norm=qk_l2norm, update_state=update_state,
         intermediate_states=intermediate_states, intermediate_indices=intermediate_indices,
-        state_layout=state_layout, out=out, backend=backend,
+        state_layout=state_layout, out=out, rounding=rounding, backend=backend,
     )  # fmt: skip
     op.decode(*call)
     if recalls:
@@ -184,7 +189,7 @@ def gdn_verify(
 def _decode_call(
     q, k, v, *, state, a=None, b=None, A_log=None, dt_bias=None, g=None, beta=None,
     state_indices=None, scale=None, qk_l2norm=True, update_state=True, intermediate_states=None,
-    intermediate_indices=None, state_layout="vk", out=None, backend="auto",
+    intermediate_indices=None, state_layout="vk", out=None, rounding="fused", backend="auto",
 ) -> tuple:  # fmt: skip
     """The arguments of the operator."""
     _tensors(q=q, k=k, v=v, state=state)
@@ -193,12 +198,13 @@ def _decode_call(
         intermediate_states=intermediate_states, intermediate_indices=intermediate_indices, out=out,
     )  # fmt: skip
     _flags(qk_l2norm=qk_l2norm, update_state=update_state)
-    _words(state_layout=state_layout, backend=backend)
+    _words(state_layout=state_layout, rounding=rounding, backend=backend)
     gates = pack_gates(a, b, A_log, dt_bias, g, beta)
     return (
         q, k, v, gates, state, state_indices, intermediate_states,
         torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out,
-        _scale(scale, q), qk_l2norm, update_state, state_layout, intermediate_indices, backend,
+        _scale(scale, q), qk_l2norm, update_state, state_layout, intermediate_indices, rounding,
+        backend,
     )  # fmt: skip
 
 

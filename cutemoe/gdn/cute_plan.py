@@ -57,6 +57,8 @@ def refuse(problem: Problem, device: Device) -> str | None:
     """A warp holds 16 whole rows of a state in registers."""
     if problem.DK not in HEADS:
         return f"DK 64 or 128, got {problem.DK}"
+    if problem.rounding != "fused":
+        return f"rounding 'fused', got {problem.rounding!r}"
     if problem.DV < 2:
         return f"DV >= 2, got {problem.DV}"
     if max(problem.B, problem.HV) > MAX_GRID or problem.HV * problem.HV > problem.HQ << 16:

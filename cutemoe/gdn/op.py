@@ -17,7 +17,7 @@ DECODE_SCHEMA = (
     "gdn_decode(Tensor q, Tensor k, Tensor v, Tensor[] gates, Tensor(a!) state, "
     "Tensor? state_indices, Tensor(b!)? intermediate_states, Tensor(c!) out, float scale, "
     "bool qk_l2norm, bool update_state, str state_layout, Tensor? intermediate_indices, "
-    "str backend) -> ()"
+    "str rounding, str backend) -> ()"
 )
 VERIFY_SCHEMA = (
     "gdn_verify(Tensor q, Tensor k, Tensor v, Tensor[] gates, Tensor(a!) state, "
@@ -29,12 +29,12 @@ VERIFY_SCHEMA = (
 
 def decode_problem(
     q, k, v, gates, state, state_indices, intermediate_states, out, scale, qk_l2norm, update_state,
-    state_layout, intermediate_indices, backend,
+    state_layout, intermediate_indices, rounding, backend,
 ) -> Problem:  # fmt: skip
     """The validated problem of the operator's arguments."""
     return Problem.of_decode(
         q, k, v, gates, state, state_indices, intermediate_states, out, qk_l2norm, update_state,
-        state_layout, intermediate_indices,
+        state_layout, intermediate_indices, rounding,
     )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def _prepared(
 
 
 def _prepared_decode(*call) -> tuple[Backend, Problem, Device, GDNTensors]:
-    q, k, v, gates, state, slots, snapshots, out, scale, *_, targets, backend = call
+    q, k, v, gates, state, slots, snapshots, out, scale, *_, targets, _, backend = call
     x = GDNTensors(
         q, k, v, tuple(gates), state, out, scale, slots, snapshots, intermediate_indices=targets
     )

@@ -11,6 +11,8 @@ from cutemoe.runtime.compile import cute_unavailable
 from cutemoe.runtime.device import Device
 
 MAX_HEAD = 512
+# torch adds up other numbers in another order
+EAGER_HEAD = 128
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,26 @@ class GDNConfig:
 
 def refuse_triton(problem: Problem, device: Device) -> str | None:
     """The Triton kernels keep whole rows in the registers of one warp."""
+    if problem.rounding == "eager":
+        return refuse_eager(problem)
     most = MAX_HEAD if problem.layout == "vk" else MAX_HEAD // 2
     keys = problem.DK
     if keys > most:
         return f"DK <= {most} in layout {problem.layout!r}, got {keys}"
+    return None
+
+
+def refuse_eager(problem: Problem) -> str | None:
+    """Why the kernel with torch's roundings does not run a problem, or None."""
+    if (problem.DK, problem.DV) != (EAGER_HEAD, EAGER_HEAD):
+        sizes = f"{problem.DK} and {problem.DV}"
+        return f"DK = DV = {EAGER_HEAD} with rounding 'eager', got {sizes}"
+    if problem.state != "float32":
+        return f"float32 states with rounding 'eager', got {problem.state}"
+    if problem.gates != "given":
+        return "g and beta with rounding 'eager', got a, b, A_log, dt_bias"
+    if problem.snapshots or problem.scattered:
+        return "no states after each token with rounding 'eager'"
     return None
 
 

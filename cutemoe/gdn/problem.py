@@ -13,6 +13,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 PARAMETERS = (*FLOATS, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 LAYOUTS = ("vk", "kv")
+ROUNDING = ("fused", "eager")
 RAW_GATES = ("a", "b", "A_log", "dt_bias")
 GIVEN_GATES = ("g", "beta")
 
@@ -34,6 +35,7 @@ class Problem:
         update: the final state is written back (decode).
         snapshots: the state after each token is written out (decode).
         scattered: the state after each token goes to a slot of its own (decode).
+        rounding: "fused", or "eager" as torch's operators round (decode).
         window: tokens a draft holds (verify), else None.
         record: dtype of the keys a draft records (verify), else None.
     """
@@ -54,6 +56,7 @@ class Problem:
     update: bool = False
     snapshots: bool = False
     scattered: bool = False
+    rounding: str = "fused"
     window: int | None = None
     record: str | None = None
 
@@ -72,8 +75,11 @@ class Problem:
         update_state: bool,
         state_layout: str,
         intermediate_indices: torch.Tensor | None = None,
+        rounding: str = "fused",
     ) -> Problem:
         """The problem of a `gdn_decode` call; raises InvalidCall for the first bad argument."""
+        if rounding not in ROUNDING:
+            raise invalid("rounding", f"one of {ROUNDING}", repr(rounding))
         B, T, _, DK, HV, DV = _check_inputs(q, k, v, gates, state, state_indices, state_layout)
         _check_out(out, v)
         if intermediate_states is not None:
@@ -94,6 +100,7 @@ class Problem:
             update=update_state,
             snapshots=intermediate_states is not None,
             scattered=intermediate_indices is not None,
+            rounding=rounding,
         )
 
     @classmethod

@@ -13,6 +13,7 @@ This is the back end of CPU tensors, and with dtype=float64 the oracle of the te
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,51 @@ def delta_rule(
     return Run(torch.stack(out, 1), torch.stack(states, 1), torch.stack(us, 1))
 
 
+def eager_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_g: torch.Tensor,
+    beta: torch.Tensor,
+    S: torch.Tensor,
+    scale: float,
+    qk_l2norm: bool,
+) -> Run:
+    """The token loop with the operators of transformers' `torch_recurrent_gated_delta_rule`.
+
+    Args: as of `delta_rule` in float32, but S [B, HV, DK, DV], as are the states of the result.
+    """
+    group = v.shape[2] // q.shape[2]
+    q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
+    q, k, v, log_g, beta = (
+        x.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        for x in (q, k, v, log_g, beta)
+    )
+    if qk_l2norm:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS) for x in (q, k))
+    q = q / (math.inf if scale == 0 else 1.0 / scale)
+    out, states, us = [], [], []
+    for t in range(v.shape[2]):
+        S = S * log_g[:, :, t].exp()[..., None, None]
+        kept = (S * k[:, :, t, :, None]).sum(dim=-2)
+        u = (v[:, :, t] - kept) * beta[:, :, t, None]
+        S = S + k[:, :, t, :, None] * u[..., None, :]
+        out.append((S * q[:, :, t, :, None]).sum(dim=-2))
+        states.append(S)
+        us.append(u)
+    return Run(torch.stack(out, 1), torch.stack(states, 1), torch.stack(us, 1))
+
+
+def _decoded(problem: Problem, x: GDNTensors, slots: torch.Tensor) -> Run:
+    """The token loop from the states of these slots, as the problem rounds."""
+    pool, (log_g, beta) = _vk(x.state, problem)[slots].float(), gates(x.gates, torch.float32)
+    if problem.rounding == "fused":
+        return delta_rule(x.q, x.k, x.v, log_g, beta, pool, x.scale, problem.qk_l2norm)
+    S = pool.transpose(-1, -2).contiguous()
+    run = eager_rule(x.q, x.k, x.v, log_g, beta, S, x.scale, problem.qk_l2norm)
+    return run._replace(states=run.states.transpose(-1, -2))
+
+
 def _dot_rows(S: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (S * x[..., None, :]).sum(-1)
 
@@ -108,9 +154,7 @@ def gdn_decode(problem: Problem, config: None, x: GDNTensors) -> None:
         x.out.zero_()
         return
     pool = _vk(x.state, problem)
-    S = pool[slots].float()
-    log_g, beta = gates(x.gates, torch.float32)
-    run = delta_rule(x.q, x.k, x.v, log_g, beta, S, x.scale, problem.qk_l2norm)
+    run = _decoded(problem, x, slots)
     _store_out(x.out, run.out, live)
     if x.intermediate_states is not None:
         target = _vk(x.intermediate_states, problem)[:, : problem.T]

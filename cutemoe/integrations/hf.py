@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 
 from cutemoe.errors import invalid
 from cutemoe.integrations import hf_experts, hf_gdn
+from cutemoe.moe.problem import ROUNDING
 
 __all__ = [
     "FORMATS",
@@ -81,17 +82,15 @@ def patch(
     experts: bool = True,
     gdn: bool = True,
     max_draft_tokens: int = hf_speculation.MAX_DRAFT_TOKENS,
+    rounding: str = "eager",
     backend: str = "auto",
 ) -> Model:
     """Lets a model's experts and gated delta nets run on cutemoe, in place, and only that model's.
 
     Dense experts run on the model's own parameters, as they are at each call. Where the layer
     stores them transposed (gpt-oss), they are laid out once in the order cutemoe reads, one layer
-    at a time; shapes and values stay, and so does the memory taken. They round to the model's dtype
-    after every operation, where transformers' "grouped_mm" and "batched_mm" experts do
-    (`rounding="eager"` of `cutemoe.fused_moe`): what may differ is the order of a product's sums.
-    Experts quantized with `quantize_experts_` run as they are, in float32 but for the inputs of
-    their products (`rounding="fused"`). Gated delta nets decode with `cutemoe.gdn_decode`, which
+    at a time; shapes and values stay, and so does the memory taken. Experts quantized with
+    `quantize_experts_` run as they are. Gated delta nets decode with `cutemoe.gdn_decode`, which
     updates the states of the model's cache in place; their prompts stay transformers'.
     `generate(..., assistant_model=draft)` then works on a model with gated delta nets, whose tokens
     `cutemoe.gdn_verify` verifies; a draft model with gated delta nets is patched as well.
@@ -104,6 +103,11 @@ def patch(
         gdn: whether to take the gated delta nets.
         max_draft_tokens: the longest window of tokens that assisted generation can take back, at
             least `num_assistant_tokens` + 1.
+        rounding: of dense experts and of decoding, as in `cutemoe.fused_moe` and
+            `cutemoe.gdn_decode`. "eager" rounds where transformers does, its experts being those of
+            "grouped_mm" or "batched_mm", so that the tokens stay those of the unmodified model.
+            "fused" rounds less, and is faster for gated delta nets. Quantized experts and assisted
+            generation have nothing to equal, and are "fused".
         backend: as in `cutemoe.fused_moe`.
 
     Returns:
@@ -118,6 +122,8 @@ def patch(
         raise invalid("gdn", "True where experts is False", gdn)
     if not isinstance(max_draft_tokens, int) or max_draft_tokens < 1:
         raise invalid("max_draft_tokens", "an integer of at least 1", repr(max_draft_tokens))
+    if rounding not in ROUNDING:
+        raise invalid("rounding", f"one of {ROUNDING}", repr(rounding))
     moe = hf_experts.layers(model) if experts else []
     nets = hf_gdn.layers(model) if gdn else []
     if not moe and not nets:
@@ -126,9 +132,9 @@ def patch(
     for name, layer in moe:
         hf_experts.check_dense(name, layer)
     for name, layer in moe:
-        hf_experts.prepare_dense(name, layer, backend)
+        hf_experts.prepare_dense(name, layer, backend, rounding)
     for _, layer in nets:
-        hf_gdn.patch_layer(layer, backend)
+        hf_gdn.patch_layer(layer, backend, rounding)
     if nets:
         hf_speculation.patch_model(model, max_draft_tokens)
     if moe:

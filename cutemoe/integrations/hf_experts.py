@@ -36,11 +36,13 @@ class Dense:
     Attributes:
         moe: shares the memory of the weights.
         activation: what the layer computes between its two products.
+        rounding: as in `fused_moe`.
         source: what the parameters were when they were prepared.
     """
 
     moe: PreparedMoE
     activation: Activation
+    rounding: str
     source: tuple[Any, ...]
 
 
@@ -53,7 +55,8 @@ def experts_forward(
     """The weighted sum of the chosen experts, as transformers calls an experts implementation.
 
     Dense layers round after every operation, where transformers' own "grouped_mm" and "batched_mm"
-    do (`rounding="eager"` of `fused_moe`); packed layers have nothing to equal and round least.
+    do (`rounding="eager"` of `fused_moe`), unless patched to round less; packed layers have nothing
+    to equal and round least.
 
     Args:
         self: the layer.
@@ -66,10 +69,10 @@ def experts_forward(
     Returns:
         [T, H] in the dtype of hidden_states.
     """
-    packed = is_packed(self)
-    layer = _packed(self) if packed else _dense(self)
+    layer = _packed(self) if is_packed(self) else _dense(self)
+    rounding = layer.rounding if isinstance(layer, Dense) else "fused"
     weights = top_k_weights
-    if packed or weights.dtype != hidden_states.dtype:
+    if rounding == "fused" or weights.dtype != hidden_states.dtype:
         weights = weights.to(torch.float32)
     return fused_moe(
         hidden_states,
@@ -77,7 +80,7 @@ def experts_forward(
         top_k_index,
         weights,
         activation=layer.activation,
-        rounding="fused" if packed else "eager",
+        rounding=rounding,
     )
 
 
@@ -98,7 +101,7 @@ def check_dense(name: str, module: nn.Module) -> None:
         _activations(name, module)
 
 
-def prepare_dense(name: str, module: nn.Module, backend: str) -> None:
+def prepare_dense(name: str, module: nn.Module, backend: str, rounding: str) -> None:
     """Prepares a layer's own parameters; where they are packed, only the back end changes.
 
     Raises:
@@ -109,7 +112,7 @@ def prepare_dense(name: str, module: nn.Module, backend: str) -> None:
         packed = _packed(module)
         packed.hold(replace(packed.moe, backend=backend))
     else:
-        module.__dict__[_DENSE] = _prepared(name, module, backend)
+        module.__dict__[_DENSE] = _prepared(name, module, backend, rounding)
 
 
 def forget_dense(module: nn.Module) -> None:
@@ -220,21 +223,22 @@ def _dense(module: nn.Module) -> Dense:
             )
         return found
     if found is None or found.source != _source(module):
-        backend = "auto" if found is None else found.moe.backend
-        found = module.__dict__[_DENSE] = _prepared(type(module).__name__, module, backend)
+        how = ("auto", "eager") if found is None else (found.moe.backend, found.rounding)
+        found = module.__dict__[_DENSE] = _prepared(type(module).__name__, module, *how)
     return found
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _prepared(name: str, module: nn.Module, backend: str) -> Dense:
+def _prepared(name: str, module: nn.Module, backend: str, rounding: str) -> Dense:
     activations, dense = _activations(name, module), _parameters(module)
     if module.is_transposed:
         for p in dense.values():
             if p.ndim == 3 and not p.transpose(1, 2).is_contiguous():
                 p.data = p.data.transpose(1, 2).contiguous().transpose(1, 2)
     weights = [_rows(dense[w], module) for w in _names(module)[::2]]
-    return Dense(*_moe(name, module, weights, dense, activations, backend), _source(module))
+    moe = _moe(name, module, weights, dense, activations, backend)
+    return Dense(*moe, rounding, _source(module))
 
 
 def _moe(

@@ -80,6 +80,7 @@ def gated_delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     backend: str = "auto",
+    rounding: str = "fused",
     inbox: Inbox | None = None,
     chunked: Callable[..., Any] | None = None,
     **ignored: Any,
@@ -94,7 +95,7 @@ def gated_delta_rule(
         output_final_state: whether the state after the last token is wanted. If so,
             `initial_state` itself is updated and returned: the layer's cache copies nothing.
         use_qk_l2norm_in_kernel: normalise query and key.
-        backend: as in `cutemoe.gdn_decode`.
+        backend, rounding: as in `cutemoe.gdn_decode`.
         inbox: of the layer; a cache that waits there computes the rule.
         chunked: what such a cache computes a prompt with.
         ignored: what transformers passes to kernels that read it.
@@ -119,6 +120,7 @@ def gated_delta_rule(
         qk_l2norm=use_qk_l2norm_in_kernel,
         update_state=output_final_state,
         state_layout="kv",
+        rounding=rounding,
         backend=backend,
     )
     return out, initial_state if output_final_state else None
@@ -153,13 +155,13 @@ def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if _calls_rule(type(m).forward)]
 
 
-def patch_layer(layer: nn.Module, backend: str) -> None:
-    """Lets one layer decode with cutemoe; a second call only changes the back end."""
+def patch_layer(layer: nn.Module, backend: str, rounding: str) -> None:
+    """Lets one layer decode with cutemoe; a second call only changes how."""
     unpatch_layer(layer)
     # accelerate calls what it finds in _old_forward, with the hooks of the layer around it
     slot = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
     box = Inbox()
-    forward = types.MethodType(_rebound(type(layer).forward, box, backend), layer)
+    forward = types.MethodType(_rebound(type(layer).forward, box, backend, rounding), layer)
     layer.__dict__[_SAVED] = (slot, layer.__dict__.get(slot))
     layer.__dict__[_INBOX] = (box, backend)
     layer.__dict__[slot] = forward
@@ -192,17 +194,17 @@ def _calls_rule(function: Callable[..., Any]) -> bool:
     return code is not None and RULE in code.co_names
 
 
-def _rebound(function: Any, box: Inbox, backend: str) -> types.FunctionType:
+def _rebound(function: Any, box: Inbox, backend: str, rounding: str) -> types.FunctionType:
     """A copy of a function, and of the functions it wraps, that finds our rules by their names."""
     inner = getattr(function, "__wrapped__", None)
     if inner is None:
         # without __name__ torch.compile reads this dictionary, not the module of that name
         names = {k: v for k, v in function.__globals__.items() if k != "__name__"}
         waits = {"inbox": box, "chunked": names[CHUNKED]}
-        names[RULE] = partial(gated_delta_rule, backend=backend, **waits)
+        names[RULE] = partial(gated_delta_rule, backend=backend, rounding=rounding, **waits)
         names[CHUNKED] = partial(chunked_rule, **waits)
         return _copy(function, names, function.__closure__)
-    copied = _rebound(inner, box, backend)
+    copied = _rebound(inner, box, backend, rounding)
     cells = function.__closure__ or ()
     cells = tuple(types.CellType(copied) if c.cell_contents is inner else c for c in cells)
     return _copy(function, function.__globals__, cells)

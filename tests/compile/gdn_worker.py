@@ -29,6 +29,7 @@ DECODE = {
     "float32": (2, 6, 256, 128, F32, F32, "vk", True, True, 64, 4, False, True),
     "odd sizes": (1, 3, 100, 36, BF16, F32, "vk", True, True, 2, 4, True, True),
     "wide": (1, 1, 512, 64, BF16, F32, "vk", True, True, 2, 4, True, True),
+    "eager": (32, 32, 128, 128, BF16, F32, "kv", False, True, 4, 1, False, True),
 }
 # ... B, T, dtype of the recorded keys
 VERIFY = {
@@ -87,7 +88,7 @@ def compile_call(op: str, name: str, device: Any) -> dict[str, Any]:
     from cutemoe.gdn.plan import configure
     from cutemoe.gdn.problem import Problem
     from cutemoe.gdn.tensors import DraftTensors, GDNTensors
-    from cutemoe.triton_kernels import gdn, gdn_verify
+    from cutemoe.triton_kernels import gdn, gdn_eager, gdn_verify
     from tests.compile.worker import _read
 
     c: tuple[Any, ...] = (DECODE if op == "decode" else VERIFY)[name]
@@ -96,11 +97,14 @@ def compile_call(op: str, name: str, device: Any) -> dict[str, Any]:
     if op == "decode":
         snap = pool.new_zeros(B, T, *pool.shape[1:]) if c[11] is True else None
         to = index.new_zeros(B, T) if c[11] == "slots" else None
+        rounding = "eager" if name == "eager" else "fused"
         problem = Problem.of_decode(
-            q, k, v, gates, pool, index, snap, out, l2norm, c[12], layout, to
+            q, k, v, gates, pool, index, snap, out, l2norm, c[12], layout, to, rounding
         )
         x = GDNTensors(q, k, v, tuple(gates), pool, out, 0.1, index, snap, intermediate_indices=to)
         module, kernel = gdn, "gdn_decode_kernel"
+        if rounding == "eager":
+            module, kernel = gdn_eager, "gdn_eager_kernel"
     else:
         draft = GDNDraft.allocate(
             B, max(T, 1), HQ, HV, DK, head_dim_v=DV, dtype=c[11], device="cpu"
@@ -115,7 +119,7 @@ def compile_call(op: str, name: str, device: Any) -> dict[str, Any]:
     stand_in = Compiles(getattr(module, kernel))
     setattr(module, kernel, stand_in)
     try:
-        module.run(problem, configure(problem, device), x)
+        (gdn_verify if op == "verify" else gdn).run(problem, configure(problem, device), x)
     finally:
         setattr(module, kernel, stand_in.kernel)
     assert stand_in.result is not None

@@ -40,6 +40,8 @@ def test_no_spills(op, name, arch):
     c, _ = compiled(arch)[op, name]
     assert c.local_bytes == 0 and c.spills == 0 and c.count(r"LDL(\.\S+)?") == 0
     assert c.registers <= 255 and c.shared <= 4096
+    # what torch's operators round, no multiply-add does not
+    assert name != "eager" or c.count(r"FMUL(\S*)?") > 64
 
 
 @pytest.mark.parametrize("arch", ARCHS)

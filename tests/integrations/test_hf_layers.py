@@ -150,7 +150,7 @@ def test_a_gate_of_another_kind_is_refused() -> None:
 
 def test_a_norm_behind_the_experts_is_refused() -> None:
     layer = MixtralExperts(config())
-    layer.has_post_expert_norm = True
+    layer.__dict__["has_post_expert_norm"] = True
     with pytest.raises(Unsupported, match="here: MixtralExperts has a norm behind its experts"):
         hf_gate.recognise("here", layer)
 
@@ -233,6 +233,10 @@ def test_the_rule_is_that_of_transformers(steps: int, normalise: bool) -> None:
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": normalise, "cu_seqlens": None}
     theirs = modeling_qwen3_next.torch_recurrent_gated_delta_rule
     peer, peer_state = theirs(**copy.deepcopy(given), **options)
+    own = copy.deepcopy(given)
+    out, state = hf_gdn.gated_delta_rule(**own, **options, rounding="eager")
+    assert_same(out, peer)
+    assert_same(own["initial_state"], peer_state)
     out, state = hf_gdn.gated_delta_rule(**given, **options)
     assert state is not None and state is given["initial_state"]
     fresh = rule_inputs(steps)
