@@ -293,6 +293,7 @@ def llama() -> Any:
         (lambda: hf.patch(NOT_A_MODEL), "model: expected .*PreTrainedModel, got Linear"),
         (lambda: hf.patch(MODELS["gpt_oss"](), experts=False), "with gated delta nets, got GptOss"),
         (lambda: hf.patch(MODELS["gpt_oss"](), experts=False, gdn=False), "gdn: expected True"),
+        (lambda: hf.patch(MODELS["gpt_oss"](), rounding="torch"), "rounding: .*got 'torch'"),
         (lambda: hf.quantize_experts_(MODELS["gpt_oss"](), "fp3"), "format: .*'mxfp4'.*got 'fp3'"),
         (lambda: hf.quantize_experts_(MODELS["gpt_oss"](), "fp8"), "format: .*got 'fp8'"),
         (lambda: hf.patch(MODELS["gpt_oss"]().float()), "mlp.experts: .*bfloat16.*float32"),
