@@ -6,7 +6,7 @@ taken in the order of torch's reductions over 128 numbers (aten/src/ATen/native/
 | sum | order |
 |---|---|
 | over a dimension that is not the last | 16 sums of every 16th number; those 4 apart in turn; the first and third, the second and fourth of the four left; both |
-| over the last dimension | four neighbours in turn; then neighbours in pairs, five times |
+| over the last dimension | four neighbours in turn; then both halves of what is left, five times |
 
 A program owns BLOCK_V columns of one head's state [DK, DV] in registers, as eight tiles of 16 rows.
 """  # noqa: E501
@@ -71,8 +71,8 @@ def square_sum(x):
     second, fourth = tl.split(odd)
     x = ((first + second) + third) + fourth
     for level in tl.static_range(5):
-        even, odd = tl.split(tl.reshape(x, (16 >> level, 2)))
-        x = even + odd
+        low, high = tl.split(tl.permute(tl.reshape(x, (2, 16 >> level)), (1, 0)))
+        x = low + high
     return tl.sum(x, axis=0)
 
 
