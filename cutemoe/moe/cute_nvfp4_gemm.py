@@ -136,13 +136,13 @@ class ExpertGemm:
     def load(self, s, k, stage):
         """Starts the copies of stage k, codes from k * block_k on."""
         self.left.load(s, k, stage)
-        self.left.load_scales(s, k, stage + self.sa_at)
         byte = k * self.pitch
         inside = s.byte + byte < s.width
         for i in range_constexpr(BLOCK_N // self.pass_rows):
             # passes keep the chunk's place: they are a multiple of 8 rows apart
             to = stage + self.b_at + s.to + i * self.pass_rows * self.pitch
             copy_async(to, s.b + Int64(s.b_rows[i] + byte), self.c.vector, inside)
+        self.left.load_scales(s, k, stage + self.sa_at)
         threads = self.t.threads
         for i in range_constexpr(-(-BLOCK_N * self.words // threads)):
             one = s.tid // BLOCK_N + i * (threads // BLOCK_N)
