@@ -38,7 +38,7 @@ if not HAS_GPU:
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
     "ci",
-    max_examples=40,
+    max_examples=24,
     derandomize=True,
     deadline=None,
     database=None,

@@ -169,7 +169,7 @@ def test_a_layer_in_one_launch_compiles(kind, dynamic, arch):
 
 
 @pytest.mark.parametrize(
-    "kind", [*TILES, "relu2", *(f"mxfp4 {k}" for k in TILES), "mxfp4 odd widths"]
+    "kind", ["decode", "long prefill", "relu2", "mxfp4 decode", "mxfp4 long prefill"]
 )
 def test_the_ptx_of_sm120_assembles_for_sm90_without_its_fp4_instructions(kind):
     c = configuration(kind, "sm_120a")

@@ -146,10 +146,9 @@ def test_a_peer_passes_the_same_gate(tiny: Any, monkeypatch: pytest.MonkeyPatch)
     assert code == 0 and [r.backend for r in records] == ["peer:fake"] * 2
 
 
-@pytest.mark.parametrize("name", ["tiny_nvfp4", "tiny_mxfp4"])
-def test_decoded_weights_are_measured_beside_our_own(tiny: Any, name: str) -> None:
+def test_decoded_weights_are_measured_beside_our_own(tiny: Any) -> None:
     peer = "peer:dequantized_moe"
-    code, records = tiny(f"--workloads={name}", f"--backends=reference,{peer}")
+    code, records = tiny("--workloads=tiny_nvfp4", f"--backends=reference,{peer}")
     assert code == 0 and [r.backend for r in records] == ["reference"] * 2 + [peer] * 2
     assert all(r.error is None for r in records)
 
