@@ -1,7 +1,8 @@
 """`cutemoe selftest`: FP4 layers by the instructions of SM120, and by their emulation.
 
 For owners of a card that the kernels were written for and never ran on. Weights and activations
-are both NVFP4 or both MXFP4. Layers whose every sum is exact must equal torch bit for bit, whatever
+are both NVFP4 or both MXFP4, or weights NVFP4 and activations bf16, of which nothing is emulated.
+Layers whose every sum is exact must equal torch bit for bit, whatever
 computes them. Random layers tell how far instruction and emulation are apart: they add up the same
 products in another order, so they differ by float32 rounding, and where that moves a code of the
 FC1 output, by one code.
@@ -34,8 +35,10 @@ STYLES = (
     "cute_nvfp4_dynamic",
     EMULATED,
 )
-# of weights and activations -> values that share a scale
+# of weights -> values that share a scale
 BLOCK = {"nvfp4": 16, "mxfp4": 32}
+# weights and activations; of the first two there are instructions
+KINDS = {"nvfp4": ("nvfp4", "nvfp4"), "mxfp4": ("mxfp4", "mxfp4"), "w4a16": ("nvfp4", "bf16")}
 # tokens, slots, experts, hidden, intermediate, gated: every tile height, widths no tile divides;
 # widths are rounded up to blocks
 SHAPES = (
@@ -54,8 +57,8 @@ class Findings:
     """What was compared, and how it came out.
 
     Attributes:
-        exact: format and back end -> (layers equal to torch bit for bit, layers).
-        random: format -> largest difference between instruction and emulation, in units of the
+        exact: kind and back end -> (layers equal to torch bit for bit, layers).
+        random: kind -> largest difference between instruction and emulation, in units of the
             largest output, over the random layers; empty where there is no instruction.
         error: what stopped the test.
     """
@@ -97,19 +100,21 @@ def run(as_json: bool = False) -> int:
 
 
 def compare(found: Findings) -> None:
-    """Runs every layer of both formats on every back end that this card has."""
+    """Runs every layer of every kind on every back end that this card has."""
     native = Device.of(torch.device("cuda")).arch in (120, 121)
     names = STYLES if native else STYLES[:-1]
-    for format in BLOCK:
-        found.exact |= {f"{format} {name}": (0, 0) for name in names}
-        for call in layers(format, exact=True):
+    for kind in KINDS:
+        fp4 = kind in BLOCK
+        ran = names if fp4 else [name for name in STYLES if name != EMULATED]
+        found.exact |= {f"{kind} {name}": (0, 0) for name in ran}
+        for call in layers(kind, exact=True):
             want = _call(*call, "reference")
-            for name in names:
+            for name in ran:
                 same = torch.equal(_call(*call, name), want)
-                n, of = found.exact[f"{format} {name}"]
-                found.exact[f"{format} {name}"] = n + same, of + 1
-        if native:
-            found.random[format] = max(_apart(call) for call in layers(format, exact=False))
+                n, of = found.exact[f"{kind} {name}"]
+                found.exact[f"{kind} {name}"] = n + same, of + 1
+        if native and fp4:
+            found.random[kind] = max(_apart(call) for call in layers(kind, exact=False))
 
 
 def _apart(call: Call) -> float:
@@ -118,10 +123,11 @@ def _apart(call: Call) -> float:
     return float((a - b).abs().max()) / float(b.abs().max())
 
 
-def layers(format: str, exact: bool) -> Iterator[Call]:
+def layers(kind: str, exact: bool) -> Iterator[Call]:
     """A call of every shape."""
+    format, activations = KINDS[kind]
     block, scales = BLOCK[format], None
-    if format == "nvfp4":
+    if activations == "nvfp4":
         scales = (2.0**-11, 2.0**-7) if exact else (0.005, 0.01)
     for seed, (tokens, slots, experts, *widths, gated) in enumerate(SHAPES):
         hidden, inter = (-(-n // block) * block for n in widths)
@@ -131,7 +137,7 @@ def layers(format: str, exact: bool) -> Iterator[Call]:
             _weight(format, (experts, n, k), g, exact) for n, k in ((rows, hidden), (hidden, inter))
         )
         moe = cutemoe.prepare_moe(
-            w13, w2, activations=format, input_scale=scales, device="cuda", backend=NATIVE
+            w13, w2, activations=activations, input_scale=scales, device="cuda", backend=NATIVE
         )
         x = torch.randn(tokens, hidden, generator=g)
         if exact:

@@ -52,7 +52,10 @@ class Kernel:
         assert answer[0] == self.driver.CUresult.CUDA_SUCCESS, answer
         return answer[1] if len(answer) > 1 else None
 
-    def launch(self, grid: int, block: int, shared: int, *args: Any) -> None:
+    def launch(
+        self, grid: int, block: int, shared: int, *args: Any, together: bool = False
+    ) -> None:
+        """together: all CTAs at once, as a cooperative launch."""
         fields = [f for a in args if (f := packed(a)) is not None]
         assert [len(f) for f in fields] == self.sizes
         values = [ctypes.create_string_buffer(f, len(f)) for f in fields]
@@ -60,12 +63,11 @@ class Kernel:
         attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self.ok(self.driver.cuFuncSetAttribute(self.function, attribute, shared))
         stream = torch.cuda.current_stream().cuda_stream
-        self.ok(
-            self.driver.cuLaunchKernel(
-                self.function, grid, 1, 1, block, 1, 1, shared, stream,
-                ctypes.addressof(pointers), 0,
-            )
-        )  # fmt: skip
+        sizes = (grid, 1, 1, block, 1, 1, shared, stream, ctypes.addressof(pointers))
+        if together:
+            self.ok(self.driver.cuLaunchCooperativeKernel(self.function, *sizes))
+        else:
+            self.ok(self.driver.cuLaunchKernel(self.function, *sizes, 0))
         torch.cuda.synchronize()
 
 
@@ -190,8 +192,46 @@ def test_shipped_ptx_gives_the_bits_of_the_emulation(format, tokens, H, I, gated
         assert_same(out, call.want)
 
 
-def run(build: str, config: Any, grid: int, block: int, shared: int, *args: Any) -> None:
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("format", FP4)
+@pytest.mark.parametrize("tokens", [9, 150])
+def test_shipped_ptx_of_a_whole_layer_gives_the_bits_of_the_emulation(format, tokens, dynamic):
+    call = emulated(format, tokens, 544, 224, True, "interleaved")
+    with Poison("cuda") as poison:
+        w = {name: poison.empty(p.shape, p.dtype) for name, p in call.w.items()}
+        out = poison.empty(call.t.out.shape, call.t.out.dtype)
+        config = replace(call.config, dynamic=dynamic)
+        tile = config.fc1.tile
+        w["sync"].zero_()
+        # one item's number beside the stages
+        run("build_fused", config, 5, tile.threads, tile.smem_bytes + 4,
+            *whole_layer(call, w, out), together=True)  # fmt: skip
+        assert_same(out, call.want)
+
+
+def whole_layer(call: Call, w: dict[str, torch.Tensor], out: torch.Tensor) -> tuple[Any, ...]:
+    """Arguments of the kernel of a layer, with 5 CTAs."""
+    from cutemoe.moe import cute_nvfp4_launch as launch
+
+    t, c = call.t, call.config
+    x, ids, weights = call.args
+    w13 = (t.w13.data, launch._scales(t.w13.scale), t.w13.factor, t.input_scale1, t.input_scale2)
+    return (
+        (x, ids, weights, out, w["y"]),
+        (w["sorted_slots"], w["expert_start"], Tiles(w["tiles"]), w["tile_count"]),
+        launch._codes(w, "xq"),
+        (*w13, t.b13, launch._params(t)),
+        launch._codes(w, "midq"),
+        (t.w2.data, launch._scales(t.w2.scale), t.w2.factor, t.b2),
+        w["sync"],
+        (0, 4, launch._combiners(call.problem, c, w["y"]), c.fc1.tile.block_m),
+    )
+
+
+def run(
+    build: str, config: Any, grid: int, block: int, shared: int, *args: Any, together: bool = False
+) -> None:
     """Compiles for sm_120a, replaces the FP4 instructions, launches."""
     ptx, mmas, conversions = transplanted(ask(build, config, "sm_120a")["ptx"])
     assert (mmas > 0) == (build != "build_quantise") and (conversions > 0) == (build != "build_fc2")
-    Kernel(ptx).launch(grid, block, shared, *flat(*args))
+    Kernel(ptx).launch(grid, block, shared, *flat(*args), together=together)
