@@ -11,7 +11,9 @@ taken in the order of torch's reductions over 128 numbers (aten/src/ATen/native/
 A program owns BLOCK_V columns of one head's state [DK, DV] in registers, as eight tiles of 16 rows.
 """  # noqa: E501
 
-import numpy as np
+import math
+from ctypes import c_float
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -155,7 +157,7 @@ def run(problem, x):
     tiles = problem.DV // BLOCK_V
     rows = min(problem.B, GRID_Y)
     # torch multiplies by the inverse of what it is asked to divide by
-    divisor = np.float32(np.inf if x.scale == 0 else 1.0 / x.scale)
+    divisor = c_float(math.inf if x.scale == 0 else 1.0 / x.scale).value
     gdn_eager_kernel[(problem.HV * tiles, rows, triton.cdiv(problem.B, GRID_Y))](
         view(x.q),
         view(x.k),
@@ -167,7 +169,7 @@ def run(problem, x):
         view(x.out),
         problem.B,
         problem.T,
-        float(np.float32(1.0) / divisor),
+        c_float(1.0 / divisor).value,
         STATE=strides_vk(x.state, problem.layout),
         GROUP=problem.HV // problem.HQ,
         BLOCK=BLOCK_V,
