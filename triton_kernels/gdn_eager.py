@@ -152,12 +152,15 @@ def gdn_eager_kernel(
             tl.store(cells_ptr + 16 * j * STATE[1], S[j])
 
 
+def inverse(x):
+    """1 / x as a float32."""
+    return math.inf if x == 0 else c_float(1.0 / x).value
+
+
 def run(problem, x):
     """Runs `gdn_decode` on the tensors x; see cutemoe.gdn.reference.eager_rule."""
     tiles = problem.DV // BLOCK_V
     rows = min(problem.B, GRID_Y)
-    # torch multiplies by the inverse of what it is asked to divide by
-    divisor = c_float(math.inf if x.scale == 0 else 1.0 / x.scale).value
     gdn_eager_kernel[(problem.HV * tiles, rows, triton.cdiv(problem.B, GRID_Y))](
         view(x.q),
         view(x.k),
@@ -169,7 +172,8 @@ def run(problem, x):
         view(x.out),
         problem.B,
         problem.T,
-        c_float(1.0 / divisor).value,
+        # torch multiplies by the inverse of what it is asked to divide by
+        inverse(inverse(x.scale)),
         STATE=strides_vk(x.state, problem.layout),
         GROUP=problem.HV // problem.HQ,
         BLOCK=BLOCK_V,
