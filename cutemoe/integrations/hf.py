@@ -39,7 +39,6 @@ from transformers import PreTrainedModel
 
 from cutemoe.errors import invalid
 from cutemoe.integrations import hf_experts, hf_gdn
-from cutemoe.moe.problem import ROUNDING
 
 __all__ = [
     "FORMATS",
@@ -69,6 +68,7 @@ from cutemoe.integrations import hf_checkpoint, hf_speculation  # noqa: E402
 from cutemoe.integrations.hf_checkpoint import IMPLEMENTATION, load  # noqa: E402
 
 FORMATS = ("mxfp4", "nvfp4", "int4")
+ROUNDING = ("eager", "fused")
 _BEFORE = "_cutemoe_experts_before"
 
 Model = TypeVar("Model", bound=PreTrainedModel)
