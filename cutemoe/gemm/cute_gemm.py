@@ -41,8 +41,8 @@ from cutlass import (
     range_constexpr,
 )
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
-from cutlass.memory import SmemAllocator
 
+from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16
 from cutemoe.gemm.cute_decode import hook, opaque
 from cutemoe.gemm.cute_epilogue import Epilogue

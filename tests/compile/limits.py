@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.metadata
 
-# by rows of a tile: for sm_120a 106 registers in place of 92, 146 in place of 128, and 168 in place
+# by rows of a tile: for sm_120a 106 registers in place of 92, 148 in place of 128, and 168 in place
 # of 160 with copies of 8 bytes; one CTA an SM either way, which has 83 KB of shared memory
-_MORE_REGISTERS = {"4.7": {16: 2, 64: 10}}
-# sort_slots of flat ids, for sm_120a alone
-_LOCAL_BYTES = {"4.7": 8}
+_MORE_REGISTERS = {"4.7": {16: 2, 64: 12}}
+# sort_slots of flat ids for sm_120a alone; verification that asks for 12 warps an SM; kv snapshots
+_LOCAL_BYTES = {
+    "4.7": {"sort": 8, "verify T=4 sm_90a": 16, "kv snapshots sm_120a": 96},
+}
 
 
 def release() -> str:
@@ -25,6 +27,6 @@ def more_registers(block_m: int) -> int:
     return _MORE_REGISTERS.get(release(), {}).get(block_m, 0)
 
 
-def local_bytes() -> int:
-    """Bytes of local memory a thread of a small kernel may use."""
-    return _LOCAL_BYTES.get(release(), 0)
+def local_bytes(kernel: str) -> int:
+    """Bytes of local memory a thread of a kernel may use."""
+    return _LOCAL_BYTES.get(release(), {}).get(kernel, 0)
