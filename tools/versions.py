@@ -72,7 +72,7 @@ def tested(versions: dict[str, str], folder: Path, index: str | None, tests: lis
     torch, triton, dsl = (name + v for name, v in versions.items())
     steps = (
         [*pip, torch, *(["--index-url", index] if index else [])],
-        [*pip, torch, dsl, "-e", f"{ROOT}[test,hf]"],
+        [*pip, torch, dsl, "-e", f"{ROOT}[test,hf,perf]"],
         # a CUDA build of torch asks for one triton; the tests say what others do
         [*pip, "--no-deps", triton],
         [python, "-m", "pytest", *tests],

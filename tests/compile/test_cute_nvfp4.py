@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -25,7 +26,9 @@ from tests.compile.cute_nvfp4 import ask
 from tests.compile.transplant import assembled, transplanted
 
 pytest.importorskip("cutlass")
-ARCHS = ("sm_90a", "sm_120a", "sm_121a")
+# the tools in Triton's wheel read SASS; those of 3.6 do not know sm_121
+TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+ARCHS = ("sm_90a", "sm_120a", "sm_121a")[: 3 if TRITON > (3, 6) else 2]
 NATIVE = {
     "nvfp4": "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X",
     "mxfp4": "OMMA.SF.16864.F32.E2M1.E2M1.E8",
@@ -194,7 +197,7 @@ def test_the_ptx_of_sm120_assembles_for_sm90_without_its_fp4_instructions(kind):
         assert sum(map(int, spilled)) <= (8 if (kind, build) == SHORT else 0)
 
 
-@pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
+@pytest.mark.parametrize("arch", ARCHS[1:])
 def test_the_emulation_compiles_beside_the_instruction(arch):
     device = Device("cuda", 0, arch, int(arch.strip("sm_a")), 48, plan.SMEM_LIMIT, True)
     c = plan.configure_emulated(REAL, device)

@@ -43,7 +43,7 @@ def transplanted(ptx: str) -> tuple[str, int, int]:
     ptx, more = MXFP4.subn(_mma_mxfp4, ptx)
     ptx, conversions = CVT.subn(_convert, ptx)
     ptx = re.sub(r"^\.target sm_12\w+", ".target sm_90a", ptx, flags=re.MULTILINE)
-    ptx = re.sub(r"^\.version 9\.\d+", ".version 8.8", ptx, flags=re.MULTILINE)
+    ptx = re.sub(r"^\.version 9\.\d+", ".version 8.7", ptx, flags=re.MULTILINE)
     return ptx, mmas + more, conversions
 
 
