@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from cutemoe.triton_kernels import decode, numeric
 
@@ -121,23 +120,15 @@ def _swiglu(gate, up, alpha, beta, limit, expert, spec: tl.constexpr):
         up = tl.where(up < -limit, -limit, up)
     if spec.eager:
         if spec.activation == "silu":
-            glu = tl.div_rn(gate, 1.0 + _exp(-gate, spec))
+            glu = tl.div_rn(gate, 1.0 + numeric.library_exp(-gate, spec.portable))
         else:
             x = stored(alpha * gate, spec)
             one = 1.0 + tl.zeros_like(x)
-            glu = gate * stored(tl.div_rn(one, one + _exp(-x, spec)), spec)
+            e = numeric.library_exp(-x, spec.portable)
+            glu = gate * stored(tl.div_rn(one, one + e), spec)
         return stored(stored(glu, spec) * stored(up + beta, spec), spec)
     else:
         return gate * (1.0 / (1.0 + tl.exp(-(alpha * gate)))) * (up + beta)
-
-
-@triton.jit
-def _exp(x, spec: tl.constexpr):
-    """e^x in float32, of CUDA's library: the bits that torch's operators get."""
-    if spec.portable:
-        return numeric.exp(x)
-    else:
-        return libdevice.exp(x)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -25,6 +26,15 @@ def exp(x):
     low = ((half + 127) << 23).to(tl.float32, bitcast=True)
     high = ((i - half + 127) << 23).to(tl.float32, bitcast=True)
     return tl.where(x == x, p * low * high, x)
+
+
+@triton.jit
+def library_exp(x, PORTABLE: tl.constexpr):
+    """e^x in float32 of CUDA's library: the bits that torch's operators get on a GPU."""
+    if PORTABLE:
+        return exp(x)
+    else:
+        return libdevice.exp(x)
 
 
 @triton.jit
