@@ -1,13 +1,15 @@
-"""The worker of `cutemoe compile`: a job a line on stdin, its kernels a line on stdout."""
+"""A worker of workers.py: a job a line on stdin, its kernels a line on stdout."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import traceback
 from dataclasses import asdict
 
-from cutemoe.commands import prepare
+import torch
+
 from cutemoe.runtime import compile as compiling
 from cutemoe.runtime.device import compile_only
 
@@ -20,7 +22,11 @@ def main(arch: str) -> None:
         for line in sys.stdin:
             error = ""
             try:
-                prepare.run(prepare.Job(**json.loads(line)))
+                where, fields = json.loads(line)
+                module, name = where.split(":")
+                job = getattr(importlib.import_module(module), name)(**fields)
+                with torch.no_grad():
+                    job.run()
             except Exception as e:
                 traceback.print_exc()
                 error = f"{type(e).__name__}: {e}"

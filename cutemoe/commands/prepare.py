@@ -45,6 +45,22 @@ class Job:
         what = "layer" if self.kind == "layer" else "grouped GEMMs"
         return f"{self.preset} {what}, {weights} x {activations}, {_span(self.part)}"
 
+    def run(self) -> None:
+        """Makes the calls; inside `compile_only`."""
+        preset = PRESETS[self.preset]
+        first, last = PARTS[self.part]
+        sizes = [n for n in batches() if first <= n <= last]
+        if self.kind == "heads":
+            state = _of(preset.heads).states[self.index]
+            for call in gdn_calls(_of(preset.heads), getattr(torch, state), batches()):
+                call()
+            return
+        layer = _of(preset.layer)
+        calls = layer_calls if self.kind == "layer" else gemm_calls
+        weights, group, activations = layer.formats[self.index]
+        for call in calls(layer, weights, group, activations, sizes):
+            call()
+
 
 def batches(most: int = MOST) -> list[int]:
     """Tokens or sequences of a call: enough to meet every configuration and every specialisation.
@@ -79,24 +95,6 @@ def jobs(preset: str) -> list[Job]:
     if chosen.heads:
         found += [Job(preset, "heads", i, 0) for i in range(len(chosen.heads.states))]
     return found
-
-
-def run(job: Job) -> None:
-    """Makes the calls of a job; inside `compile_only`."""
-    preset = PRESETS[job.preset]
-    first, last = PARTS[job.part]
-    sizes = [n for n in batches() if first <= n <= last]
-    with torch.no_grad():
-        if job.kind == "heads":
-            state = _of(preset.heads).states[job.index]
-            for call in gdn_calls(_of(preset.heads), getattr(torch, state), batches()):
-                call()
-            return
-        layer = _of(preset.layer)
-        calls = layer_calls if job.kind == "layer" else gemm_calls
-        weights, group, activations = layer.formats[job.index]
-        for call in calls(layer, weights, group, activations, sizes):
-            call()
 
 
 def layer_calls(

@@ -7,13 +7,15 @@ computes them. Random layers tell how far instruction and emulation are apart: t
 products in another order, so they differ by float32 rounding, and where that moves a code of the
 FC1 output, by one code.
 
-The last line is made to be pasted into an issue. On other cards only the emulation runs.
+The last line is made to be pasted into an issue. On other cards only the emulation runs. The kernels
+are compiled first, by several processes: one after another they take minutes.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,8 +25,10 @@ import torch
 
 import cutemoe
 from cutemoe import PreparedMoE, QuantizedTensor, ReLU2, SwiGLU
+from cutemoe.commands.workers import Progress, compiled
 from cutemoe.errors import Unsupported
-from cutemoe.runtime.device import Device
+from cutemoe.runtime import cache
+from cutemoe.runtime.device import CARDS, Device, target
 
 NATIVE = "cute_nvfp4"
 EMULATED = "cute_nvfp4_emulated"
@@ -48,8 +52,26 @@ SHAPES = (
     (150, 2, 4, 320, 144, True),
     (500, 2, 4, 1040, 272, True),
 )
+# processes that compile, of 1 GB each
+MOST_WORKERS = 16
 # x, layer, ids, weights and activation
 Call = tuple[torch.Tensor, PreparedMoE, torch.Tensor, torch.Tensor, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A layer on a back end, compiled by one process: kind, index of the shape, back end."""
+
+    kind: str
+    shape: int
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} layer {self.shape + 1} of {len(SHAPES)}, {self.backend}"
+
+    def run(self) -> None:
+        """Makes the call; inside `compile_only`."""
+        _call(*_layer(self.kind, self.shape, exact=True), self.backend)
 
 
 @dataclass
@@ -88,8 +110,10 @@ def run(as_json: bool = False) -> int:
     if not torch.cuda.is_available():
         found = Findings("no CUDA device", versions, error="needs a CUDA device")
     else:
-        found = Findings(str(Device.of(torch.device("cuda"))), versions)
+        device = Device.of(torch.device("cuda"))
+        found = Findings(str(device), versions)
         try:
+            prepare(device, Progress(not as_json))
             with torch.no_grad():
                 compare(found)
         except Unsupported as e:
@@ -99,13 +123,23 @@ def run(as_json: bool = False) -> int:
     return 0 if found.ok else 1
 
 
+def prepare(device: Device, progress: Progress) -> None:
+    """Compiles what `compare` will launch; what fails here fails there with its error."""
+    if device.target in CARDS and cache.opened() is not None:
+        jobs = [
+            Job(kind, shape, name)
+            for kind in KINDS
+            for shape in range(len(SHAPES))
+            for name in _backends(kind, device)
+        ]
+        compiled(jobs, device.target, min(os.cpu_count() or 1, MOST_WORKERS), progress)
+
+
 def compare(found: Findings) -> None:
     """Runs every layer of every kind on every back end that this card has."""
-    native = Device.of(torch.device("cuda")).arch in (120, 121)
-    names = STYLES if native else STYLES[:-1]
+    device = Device.of(torch.device("cuda"))
     for kind in KINDS:
-        fp4 = kind in BLOCK
-        ran = names if fp4 else [name for name in STYLES if name != EMULATED]
+        ran = _backends(kind, device)
         found.exact |= {f"{kind} {name}": (0, 0) for name in ran}
         for call in layers(kind, exact=True):
             want = _call(*call, "reference")
@@ -113,8 +147,18 @@ def compare(found: Findings) -> None:
                 same = torch.equal(_call(*call, name), want)
                 n, of = found.exact[f"{kind} {name}"]
                 found.exact[f"{kind} {name}"] = n + same, of + 1
-        if native and fp4:
+        if kind in BLOCK and _is_native(device):
             found.random[kind] = max(_apart(call) for call in layers(kind, exact=False))
+
+
+def _is_native(device: Device) -> bool:
+    return device.arch in (120, 121)
+
+
+def _backends(kind: str, device: Device) -> list[str]:
+    """What a kind of layers runs on: the emulation only where there is something to emulate."""
+    names = STYLES if _is_native(device) else STYLES[:-1]
+    return [name for name in names if kind in BLOCK or name != EMULATED]
 
 
 def _apart(call: Call) -> float:
@@ -125,30 +169,48 @@ def _apart(call: Call) -> float:
 
 def layers(kind: str, exact: bool) -> Iterator[Call]:
     """A call of every shape."""
+    for shape in range(len(SHAPES)):
+        yield _layer(kind, shape, exact)
+
+
+def _layer(kind: str, shape: int, exact: bool) -> Call:
+    """A call on this card; inside `compile_only` on tensors of no memory."""
+    tokens, slots, experts, *widths, gated = SHAPES[shape]
     format, activations = KINDS[kind]
     block, scales = BLOCK[format], None
     if activations == "nvfp4":
         scales = (2.0**-11, 2.0**-7) if exact else (0.005, 0.01)
-    for seed, (tokens, slots, experts, *widths, gated) in enumerate(SHAPES):
-        hidden, inter = (-(-n // block) * block for n in widths)
-        g = torch.Generator().manual_seed(seed)
-        rows = inter * (2 if gated else 1)
-        w13, w2 = (
-            _weight(format, (experts, n, k), g, exact) for n, k in ((rows, hidden), (hidden, inter))
-        )
-        moe = cutemoe.prepare_moe(
-            w13, w2, activations=activations, input_scale=scales, device="cuda", backend=NATIVE
-        )
-        x = torch.randn(tokens, hidden, generator=g)
-        if exact:
-            # two values that are not 0 a row: FC1 sums are small multiples of 1/4
-            at = torch.rand(tokens, hidden, generator=g).topk(2, dim=1).indices
-            x = torch.zeros_like(x).scatter(1, at, x.gather(1, at).sign())
-        ids = torch.rand(tokens, experts, generator=g).topk(slots, dim=1).indices.int()
-        weights = torch.exp2(torch.randint(-2, 1, (tokens, slots), generator=g).float())
-        # sigmoid(4096 n / 4) is 0, 1/2 or 1
-        activation = SwiGLU(alpha=4096.0 if exact else 1.0, limit=7.0) if gated else ReLU2()
-        yield x.bfloat16().cuda(), moe, ids.cuda(), weights.cuda(), activation
+    hidden, inter = (-(-n // block) * block for n in widths)
+    g = torch.Generator().manual_seed(shape)
+    rows = inter * (2 if gated else 1)
+    w13, w2 = (
+        _weight(format, (experts, n, k), g, exact) for n, k in ((rows, hidden), (hidden, inter))
+    )
+    place = _place()
+    moe = cutemoe.prepare_moe(
+        w13,
+        w2,
+        activations=activations,
+        input_scale=scales,
+        device="cpu" if place == "meta" else place,
+        backend=NATIVE,
+    )
+    x = torch.randn(tokens, hidden, generator=g)
+    if exact:
+        # two values that are not 0 a row: FC1 sums are small multiples of 1/4
+        at = torch.rand(tokens, hidden, generator=g).topk(2, dim=1).indices
+        x = torch.zeros_like(x).scatter(1, at, x.gather(1, at).sign())
+    ids = torch.rand(tokens, experts, generator=g).topk(slots, dim=1).indices.int()
+    weights = torch.exp2(torch.randint(-2, 1, (tokens, slots), generator=g).float())
+    # sigmoid(4096 n / 4) is 0, 1/2 or 1
+    activation = SwiGLU(alpha=4096.0 if exact else 1.0, limit=7.0) if gated else ReLU2()
+    parts = (x.bfloat16().to(place), moe.to(place), ids.to(place), weights.to(place))
+    return *parts, activation
+
+
+def _place() -> str:
+    """The card; inside `compile_only` tensors have no memory."""
+    return "cuda" if target() is None else "meta"
 
 
 def _weight(

@@ -11,7 +11,7 @@ import torch
 
 from cutemoe import __main__
 from cutemoe.commands import compile as command
-from cutemoe.commands import prepare
+from cutemoe.commands import prepare, workers
 from cutemoe.commands.prepare import Job
 from cutemoe.runtime.cache import Cache
 from cutemoe.runtime.preset import PRESETS
@@ -92,8 +92,8 @@ def test_a_job_that_fails_is_told(folder: Path, monkeypatch: Any, capsys: Any) -
 
 
 def test_a_worker_that_dies_is_told(folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(command.sys, "executable", "/bin/false")
-    (done,) = command.compiled([Job("headline", "layer", 0, 0)], "sm_90a", 1, lambda *_: None)
+    monkeypatch.setattr(workers.sys, "executable", "/bin/false")
+    (done,) = workers.compiled([Job("headline", "layer", 0, 0)], "sm_90a", 1, lambda *_: None)
     assert "ended with code 1" in done.error
 
 

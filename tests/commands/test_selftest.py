@@ -8,12 +8,14 @@ import torch
 
 import cutemoe
 from cutemoe.__main__ import main
-from cutemoe.commands import selftest
+from cutemoe.commands import selftest, workers
 from cutemoe.commands.selftest import Findings
 from cutemoe.gemm import reference as gemm
 from cutemoe.moe import api, reference
 from cutemoe.moe.prepare import prepare_moe
 from cutemoe.moe.problem import Problem
+from cutemoe.runtime.compile import build_count, no_jit
+from cutemoe.runtime.device import compile_only
 from tests.conftest import HAS_GPU
 from tests.moe.cases import lowest_bit
 
@@ -42,7 +44,7 @@ def test_a_layer_that_differs_fails():
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Layers of the self-test on the CPU, for the reference."""
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(selftest, "_place", lambda: "cpu")
     monkeypatch.setattr(
         selftest.cutemoe,
         "prepare_moe",
@@ -106,6 +108,34 @@ def test_every_back_end_is_compared_in_every_kind(on_cpu, monkeypatch):
     assert failed == {"mxfp4 cute_nvfp4_static", *emulated}
     assert all(of == 1 for _, of in found.exact.values())
     assert found.random == {"nvfp4": 0.5, "mxfp4": 0.5}
+
+
+@pytest.mark.parametrize("kind", selftest.KINDS)
+def test_every_layer_is_compiled_ahead(kind, tmp_path, monkeypatch):
+    """What a worker compiles for a layer is all that a call of it needs."""
+    pytest.importorskip("cutlass")
+    monkeypatch.setenv("CUTEMOE_CACHE_DIR", str(tmp_path / "kept"))
+    job = selftest.Job(kind, 0, "cute_nvfp4_static")
+    (done,) = workers.compiled([job], "sm_120a", 1, lambda *_: None)
+    assert not done.error and done.kernels
+    before = build_count()
+    with compile_only("sm_120a"), no_jit():
+        job.run()
+    assert build_count() == before
+    assert str(job) == f"{kind} layer 1 of 5, cute_nvfp4_static"
+
+
+def test_a_cards_jobs_are_those_of_its_back_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUTEMOE_CACHE_DIR", str(tmp_path / "kept"))
+    asked = []
+    monkeypatch.setattr(selftest, "compiled", lambda jobs, *rest: asked.append((jobs, *rest)))
+    for arch in ("sm_90a", "sm_120a"):
+        with compile_only(arch) as device:
+            selftest.prepare(device, workers.Progress(False))
+    (here, name, *_), (there, other, *_) = asked
+    assert (name, other) == ("sm_90a", "sm_120a")
+    # on a card without the instructions nothing is emulated by name
+    assert (len(here), len(there)) == (3 * 4 * 5, (2 * 5 + 4) * 5)
 
 
 @pytest.mark.gpu
