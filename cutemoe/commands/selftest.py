@@ -7,7 +7,7 @@ computes them. Random layers tell how far instruction and emulation are apart: t
 products in another order, so they differ by float32 rounding, and where that moves a code of the
 FC1 output, by one code.
 
-The last line is made to be pasted into an issue. On other cards only the emulation runs. The kernels
+The last line is made to be pasted into an issue. On other cards only the emulation runs. Kernels
 are compiled first, by several processes: one after another they take minutes.
 """
 
