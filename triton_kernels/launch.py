@@ -9,9 +9,9 @@ Triton 3.6 and 8.8 in 3.9, `expert_gemm` 10.8 and 14.8; here 4.1 and 5.1 (two CP
 With the driver's part, `sort_slots` on the host of an H200: 19.2 us, Triton 3.6's launcher 20.9,
 torch's `add_` 10.9, `cuLaunchKernel` through ctypes alone 6.3 (2026-11-27).
 
-Rejected: programmatic dependent launch. Without it the gaps between the kernels of a layer are 0.3
-to 0.5 us in a CUDA graph; with it the early programs of FC2 crowd the multiprocessors, and FC1 at
-one token takes 50 us in place of 20 (one H200, 2026-11, Triton 3.6).
+Rejected: programmatic dependent launch (pdl.py) of the GEMMs. Without it the gaps between the
+kernels of a layer are 0.3 to 0.5 us in a CUDA graph; with it the early programs of FC2 crowd the
+multiprocessors, and FC1 at one token takes 50 us in place of 20 (one H200, 2026-11, Triton 3.6).
 """
 
 from __future__ import annotations
@@ -60,9 +60,15 @@ def portable() -> bool:
     return settings.triton_interprets()
 
 
-def options(warps: int, stages: int = 1, *, fusion: bool = True) -> dict[str, Any]:
-    """Keyword arguments of a launch; FP fusion is named because its default changes."""
-    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+def options(
+    warps: int, stages: int = 1, *, fusion: bool = True, pdl: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments of a launch; FP fusion is named because its default changes.
+
+    With pdl the launch does not wait for the kernel before it: the kernel does (pdl.py).
+    """
+    named = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+    return {**named, "launch_pdl": True} if pdl else named
 
 
 def power_of_2(n: int) -> int:
@@ -112,6 +118,7 @@ class Loaded:
         pack: writes the size of the parameters and the parameters.
         order: takes the parameters out of the addresses and the other arguments behind them.
         size, scratch: bytes of the parameters, and the null pointers behind them.
+        pdl: launched before the kernel before it is done.
     """
 
     function: Any
@@ -121,6 +128,7 @@ class Loaded:
     order: Callable[[Any], tuple[Any, ...]]
     size: int
     scratch: tuple[int, ...]
+    pdl: bool
 
 
 class Entry:
@@ -166,7 +174,14 @@ class Entry:
         if found is not None:
             values = (found.size, *found.order((*addresses, *others)), *found.scratch)
             driver.launch(
-                found.function, grid, found.threads, found.shared, index, found.pack, values
+                found.function,
+                grid,
+                found.threads,
+                found.shared,
+                index,
+                found.pack,
+                values,
+                found.pdl,
             )
 
     def _find(
@@ -345,6 +360,7 @@ def _load(made: Any, call: Call, shape: _Shape, index: int) -> Loaded:
         order=_picker(order),
         size=layout.size - struct.calcsize("@N"),
         scratch=(0,) * m["scratch"],
+        pdl=call.options.get("launch_pdl", False),
     )
 
 

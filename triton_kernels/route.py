@@ -11,7 +11,7 @@ import triton.language as tl
 
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.tensors import RouteTensors
-from cutemoe.triton_kernels import launch, numeric
+from cutemoe.triton_kernels import launch, numeric, pdl
 
 if TYPE_CHECKING:
     from cutemoe.moe.plan import RouteConfig
@@ -46,8 +46,10 @@ def route_tokens(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Experts and weights of BLOCK_T tokens a program; cutemoe/moe/routing.py says the meaning."""
+    pdl.results_of_the_last_kernel(PDL)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     index = tl.arange(0, BLOCK_E)[None, :]
     inside = (tokens < T)[:, None] & (index < E)
@@ -137,6 +139,7 @@ def run(problem: RouteProblem, config: "RouteConfig", t: RouteTensors) -> None:
     """The Triton back end of `route`."""
     if problem.tokens == 0:
         return
+    early = pdl.dependent(t.logits)
     route_tokens[(-(-problem.tokens // config.block_t),)](
         t.logits,
         t.bias,
@@ -154,5 +157,6 @@ def run(problem: RouteProblem, config: "RouteConfig", t: RouteTensors) -> None:
         BLOCK_T=config.block_t,
         BLOCK_E=max(16, config.block_e),
         BLOCK_K=launch.power_of_2(problem.top_k),
-        **launch.options(config.warps),
+        PDL=early,
+        **launch.options(config.warps, pdl=early),
     )

@@ -8,6 +8,7 @@ which a machine that serves models would need a compiler.
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from functools import lru_cache
 from typing import Any
@@ -24,12 +25,19 @@ _USUAL_SHARED = 49152
 _MOST_BYTES = 4096
 # where the size of the parameters stands in a thread's block of words; they follow it
 SIZE_AT = 56
+# CUlaunchConfig: grid, block, shared memory, stream, attributes and their number
+_CONFIG = struct.Struct("@7IPPI4x")
+# CUlaunchAttribute: programmatic stream serialization, allowed; the value has 64 bytes
+_EARLY = struct.pack("@I4xi60x", 6, 1)
 
 
 class _Block(threading.local):
     """The words a launch of this thread points to: five pairs of keys and values, parameters."""
 
     def __init__(self) -> None:
+        self.config = ctypes.create_string_buffer(_CONFIG.size)
+        self.early = ctypes.create_string_buffer(_EARLY, len(_EARLY))
+        self.attributes = ctypes.addressof(self.early)
         self.words = ctypes.create_string_buffer(SIZE_AT + 8 + _MOST_BYTES)
         base = ctypes.addressof(self.words)
         self.extra = ctypes.c_void_p(base)
@@ -84,25 +92,32 @@ def launch(
     index: int,
     pack: Any,
     values: tuple[Any, ...],
+    pdl: bool = False,
 ) -> None:
     """Launches on torch's current stream of a device; does not wait.
 
     Args:
         pack: `pack_into` of a struct: the size of the parameters, then the parameters.
+        pdl: programmatic dependent launch: the kernel itself waits for the one before it.
     """
     block = _BLOCK
     pack(block.words, SIZE_AT, *values)
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     if not (x and y and z):
         return
-    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(index))
+    stream = torch._C._cuda_getCurrentRawStream(index)
     # no argtypes: converting by them costs 0.8 us a launch
-    numbers = (x, y, z, threads, 1, 1, shared, stream, None, block.extra)
-    run = _library().cuLaunchKernel
-    code = run(function, *numbers)
+    if pdl:
+        sizes = (x, y, z, threads, 1, 1, shared)
+        _CONFIG.pack_into(block.config, 0, *sizes, stream, block.attributes, 1)
+        run, call = _library().cuLaunchKernelEx, (block.config, function, None, block.extra)
+    else:
+        rest = (shared, ctypes.c_void_p(stream), None, block.extra)
+        run, call = _library().cuLaunchKernel, (function, x, y, z, threads, 1, 1, *rest)
+    code = run(*call)
     if code == _INVALID_CONTEXT:
         torch.cuda.set_device(index)
-        code = run(function, *numbers)
+        code = run(*call)
     if code:
         _check(code, f"a launch of {x} x {y} x {z} programs of {threads} threads")
 

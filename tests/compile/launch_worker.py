@@ -23,8 +23,11 @@ def arguments() -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
     i32 = torch.zeros(4096, dtype=torch.int32)
     i64 = torch.zeros(64, 6, dtype=torch.int64)
     f32, bf16 = torch.zeros(4096), torch.zeros(64, 64, dtype=torch.bfloat16)
-    few = {"TILE": 8, "BLOCK": 64, "BINS": 8, "num_warps": 4, "num_stages": 1}
-    combined = {"TOP_K": 2, "BLOCK": 64, "PARTS": 1, "PORTABLE": False, "num_warps": 4}
+    few = {"TILE": 8, "BLOCK": 64, "BINS": 8, "PDL": True, "num_warps": 4, "num_stages": 1}
+    few |= {"launch_pdl": True}
+    ahead = sort.Ahead.of(torch.zeros(8, 3, 2, 2176, dtype=torch.uint8), 132)
+    combined = {"TOP_K": 2, "BLOCK": 64, "PARTS": 1, "PORTABLE": False, "PDL": False}
+    combined |= {"num_warps": 4}
     rounded = {"FORMAT": "fp8", "DIVIDE": 0, "SORTED": False, "BINS": 2, "BLOCK": 64}
     view = gdn.view(bf16.view(4, 1, 16, 64))
     snaps = gdn.snapshots_of(bf16.view(4, 1, 16, 64), None)
@@ -34,10 +37,14 @@ def arguments() -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
     sizes |= {"STATE": (64, 1), "SNAP": (64, 1), "UPDATE": True, "num_warps": 1}
     state = (view, view, view, view, view)
     return {
-        "aligned": (sort.sort_slots, (i32, 16, i32, i32, i32, i32, 24, 6, 0, 8), few),
-        "ones": (sort.sort_slots, (i32, 1, i32, i32, i32, i32, 1, 1, 1, 1), few),
-        "unaligned": (sort.sort_slots, (i64, 6, i32[1:], i32[2:], i32, i32, 1, 6, 3, 8), few),
-        "wide": (sort.sort_slots, (i64, 2**31, i32, i32, i32, i32, 2**35, 6, -1, 8), few),
+        "aligned": (sort.sort_slots, (i32, 16, i32, i32, i32, i32, 24, 6, 0, 8, None), few),
+        "ones": (sort.sort_slots, (i32, 1, i32, i32, i32, i32, 1, 1, 1, 1, None), few),
+        "unaligned": (
+            sort.sort_slots,
+            (i64, 6, i32[1:], i32[2:], i32, i32, 1, 6, 3, 8, ahead),
+            few,
+        ),
+        "wide": (sort.sort_slots, (i64, 2**31, i32, i32, i32, i32, 2**35, 6, -1, 8, ahead), few),
         "floats": (combine.combine_slots, (f32, i32, f32, bf16, 64, 2, 2, 64, 0, 8), combined),
         "none": (quantize.quantize_rows, (bf16, bf16, f32, None, None, None, 64, 64, 1), rounded),
         "nested": (
@@ -102,10 +109,10 @@ def passed() -> dict[str, Any]:
     driver.load = lambda *_: "function"  # type: ignore
     seen: list[Any] = []
 
-    def fake(function, grid, threads, shared, index, pack, values):
+    def fake(function, grid, threads, shared, index, pack, values, pdl):
         buffer = bytearray(4096)
         pack(buffer, 0, *values)
-        seen.append((grid, threads, index, values[0], bytes(buffer[8 : 8 + values[0]])))
+        seen.append((grid, threads, index, pdl, values[0], bytes(buffer[8 : 8 + values[0]])))
 
     driver.launch = fake  # type: ignore
     answers = {}
@@ -120,10 +127,10 @@ def passed() -> dict[str, Any]:
         letters = ["P" if t[0] == "*" else launch._LETTERS[t] for t, _ in flat if t != "constexpr"]
         wanted = struct.pack("@" + "".join(letters) + "0P", *values)
         first, second = seen[-2:]
-        grid, threads, index, size, got = second
+        grid, threads, index, pdl, size, got = second
         rest = got[len(wanted) :]
         right = got[: len(wanted)] == wanted and not any(rest) and len(rest) in (0, 8, 16)
-        same = first == second and size == len(got)
+        same = first == second and size == len(got) and pdl == keywords.get("launch_pdl", False)
         answers[name] = [grid, threads, index, right, same, len(rest)]
     return answers
 

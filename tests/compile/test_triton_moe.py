@@ -137,7 +137,7 @@ SORT = {"ids_ptr": "*i64", "stride_it": "i64"} | dict.fromkeys(
 )
 OUT = dict.fromkeys(("sorted_ptr", "start_ptr", "tiles_ptr", "count_ptr"), "*i32")
 SMALL = {
-    "sort_slots": ("sort", SORT | OUT, {"TILE": 8, "BLOCK": 512, "BINS": 1024}),
+    "sort_slots": ("sort", SORT | OUT, {"TILE": 8, "BLOCK": 512, "BINS": 1024, "ahead": None}),
     "count_chunks": (
         "sort",
         SORT | {"counts_ptr": "*i32", "steps": "i32"},
@@ -215,12 +215,18 @@ def test_small_kernels_do_not_spill(name, arch):
         f"cutemoe.triton_kernels.{module}",
         name,
         signature,
-        constexprs,
+        constexprs if name == "quantize_rows" else {**constexprs, "PDL": arch >= 90},
         arch,
         num_warps=1 if name == "route_tokens" else 4,
         options={"enable_fp_fusion": True},
     )
     assert c.local_bytes == 0 and c.spills == 0 and c.shared <= SMEM_LIMIT[86]
+    # waits for the kernel before it before it reads, and lets the next one start
+    early = ["ACQBULK", "PREEXIT"] if arch >= 90 and name != "quantize_rows" else []
+    lines = [re.sub(r"^@!?U?P\w+ ", "", line.strip()) for line in c.sass.splitlines()]
+    order = [name for line in lines if (name := re.match(r"ACQBULK|PREEXIT|LDG|STG", line))]
+    assert [name[0] for name in order if name[0][:2] in ("AC", "PR")] == early
+    assert not early or order[0][0] == "ACQBULK"
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
@@ -232,7 +238,7 @@ def test_eager_products_are_rounded_before_the_sum(kind):
         f"cutemoe.triton_kernels.{module}",
         "combine_slots",
         {**signature, **types},
-        {**constexprs, "PARTS": 4},
+        {**constexprs, "PARTS": 4, "PDL": True},
         90,
         options={"enable_fp_fusion": False},
     )

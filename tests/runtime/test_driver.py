@@ -21,16 +21,29 @@ class Library:
         self.calls: list[tuple[Any, ...]] = []
         self.codes: list[int] = []
         self.optin = 232448
+        self.early = 0
 
     def cuLaunchKernel(self, function, *numbers) -> int:
         grid, block, (shared, stream, params, extra) = numbers[:3], numbers[3:6], numbers[6:]
+        return self.launched(function, grid, block, shared, stream.value, params, extra)
+
+    def cuLaunchKernelEx(self, config, function, params, extra) -> int:
+        *sizes, stream, attributes, number = struct.unpack("@7IPPI4x", config.raw)
+        assert number == 1 and ctypes.string_at(attributes, 72) == bytes(
+            [6, *[0] * 7, 1, *[0] * 63]
+        )
+        self.early += 1
+        sizes = tuple(sizes)
+        return self.launched(function, sizes[:3], sizes[3:6], sizes[6], stream, params, extra)
+
+    def launched(self, function, grid, block, shared, stream, params, extra) -> int:
         words = ctypes.cast(extra, ctypes.POINTER(ctypes.c_size_t))
         assert params is None and [words[0], words[2], words[4]] == [1, 2, 0]
         size = ctypes.c_size_t.from_address(words[3]).value
         found = ctypes.string_at(words[1], size)
         self.launches.append(
             {"function": function.value, "grid": grid, "block": block, "shared": shared,
-             "stream": stream.value, "bytes": found}
+             "stream": stream, "bytes": found}
         )  # fmt: skip
         return self.codes.pop(0) if self.codes else 0
 
@@ -70,15 +83,19 @@ LAYOUT = struct.Struct("@NPifqP")
 VALUES = (LAYOUT.size - 8, 2**40, -3, 0.5, -(2**33), 0)
 
 
-def start(grid: tuple[int, ...] = (7,)) -> None:
-    driver.launch(ctypes.c_void_p(2**45), grid, 128, 1024, 1, LAYOUT.pack_into, VALUES)
+def start(grid: tuple[int, ...] = (7,), pdl: bool = False) -> None:
+    driver.launch(ctypes.c_void_p(2**45), grid, 128, 1024, 1, LAYOUT.pack_into, VALUES, pdl)
 
 
 @pytest.mark.parametrize(
     ("grid", "whole"), [((7,), (7, 1, 1)), ((7, 2), (7, 2, 1)), ((7, 2, 3), (7, 2, 3))]
 )
-def test_a_launch(library: Library, grid: tuple[int, ...], whole: tuple[int, ...]) -> None:
-    start(grid)
+@pytest.mark.parametrize("pdl", [False, True])
+def test_a_launch(
+    library: Library, grid: tuple[int, ...], whole: tuple[int, ...], pdl: bool
+) -> None:
+    start(grid, pdl)
+    assert library.early == pdl
     (seen,) = library.launches
     assert seen["grid"] == whole and seen["block"] == (128, 1, 1) and seen["shared"] == 1024
     assert seen["function"] == 2**45 and seen["stream"] == 6
