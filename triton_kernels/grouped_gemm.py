@@ -146,8 +146,7 @@ def run(problem: GemmProblem, config: GemmConfig, t: GemmTensors) -> None:
     # rows of no group are one more group, and its tile writes zeros
     groups = problem.groups + 1
     most = min(groups, problem.rows) + problem.rows // config.block_m
-    scratch = torch.empty(1 + 3 * most, dtype=torch.int32, device=device)
-    count, tiles = scratch.split((1, 3 * most))
+    count, tiles = t.tiles(most)
     sort.sort_groups(t.offsets, problem.rows, config.block_m, tiles, count)
     scale = t.x_scale
     if scale is not None and problem.x_scale == "tensor":

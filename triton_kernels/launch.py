@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from operator import itemgetter, or_
@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cutemoe.errors import Unsupported
-from cutemoe.runtime import driver, settings
+from cutemoe.runtime import driver, replay, settings
 from cutemoe.runtime.compile import check_capture, facts_of, fetch
 from cutemoe.runtime.device import Device, target
 
@@ -130,6 +130,13 @@ class Loaded:
     scratch: tuple[int, ...]
     pdl: bool
 
+    def start(self, grid: tuple[int, ...], index: Any, arguments: Sequence[Any]) -> None:
+        """Launches with addresses and the other arguments behind them."""
+        values = (self.size, *self.order(arguments), *self.scratch)
+        driver.launch(
+            self.function, grid, self.threads, self.shared, index, self.pack, values, self.pdl
+        )
+
 
 class Entry:
     """A kernel that the host launches."""
@@ -171,18 +178,10 @@ class Entry:
         found = self._known.get(key, self)
         if found is self:
             found = self._find(key, shape, args, constants, machine)
-        if found is not None:
-            values = (found.size, *found.order((*addresses, *others)), *found.scratch)
-            driver.launch(
-                found.function,
-                grid,
-                found.threads,
-                found.shared,
-                index,
-                found.pack,
-                values,
-                found.pdl,
-            )
+        if found is None:
+            return
+        if not replay.noted(lambda: _noted(found, grid, index, tensors, others)):
+            found.start(grid, index, (*addresses, *others))
 
     def _find(
         self,
@@ -205,6 +204,19 @@ class Entry:
             self._known.clear()
         self._known[key] = self._made[whole]
         return self._made[whole]
+
+
+def _noted(
+    kernel: Loaded,
+    grid: tuple[int, ...],
+    index: Any,
+    tensors: tuple[torch.Tensor, ...],
+    others: tuple[Any, ...],
+) -> replay.Launch:
+    """A launch to be made with other addresses."""
+    return replay.Launch(
+        tensors, lambda addresses: kernel.start(grid, index, (*addresses, *others)), by_address=True
+    )
 
 
 @dataclass(frozen=True, eq=False)

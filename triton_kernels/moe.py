@@ -40,9 +40,7 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     combine.combine(w["y"], t.ids, t.weights, t.out, *local, fused=fused)
 
 
-def sorted_rows(
-    problem: Problem, config: MoEConfig, t: MoETensors, ahead: sort.Ahead | None = None
-) -> dict[str, torch.Tensor]:
+def sorted_rows(problem: Problem, config: MoEConfig, t: MoETensors) -> dict[str, torch.Tensor]:
     """Parts of the workspace by name, after the launch that sorts the slots into them."""
     plan = layout_of(problem)
     buffer = t.workspace
@@ -51,8 +49,7 @@ def sorted_rows(
     w = plan.views(buffer)
     rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
     # y is free until FC2
-    where = (problem.experts, problem.expert_offset, config.block_m)
-    sort.sort(t.ids, *where, rows, w["y"], ahead)
+    sort.sort(t.ids, problem.experts, problem.expert_offset, config.block_m, rows, w["y"])
     return w
 
 

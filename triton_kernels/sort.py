@@ -8,8 +8,6 @@ Many rows: the ids are cut into chunks. One kernel counts the ids of each chunk;
 program adds the counts up and places the ids of its chunk.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +16,6 @@ from cutemoe.triton_kernels import launch, pdl
 
 # most rows for one kernel; measured on one H200, 2026-11: 2.6 us at 384 rows, 19 us at 6144
 _FEW = 2048
-# of each row of weights, what is brought to L2 before the GEMM starts
-_AHEAD_BYTES = 16384
 # ids ranked together, and most chunks
 _STEP = 128
 _CHUNKS = 128
@@ -38,7 +34,6 @@ def sort_slots(
     top_k,
     expert_offset,
     E,
-    ahead,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
@@ -47,7 +42,6 @@ def sort_slots(
     """Slots of every expert in ascending order, where each expert starts, and the tiles.
 
     Ids outside expert_offset .. expert_offset + E - 1 are skipped. BLOCK >= R; program: expert.
-    ahead: see `Ahead`, or None.
     """
     pdl.results_of_the_last_kernel(PDL)
     expert = tl.program_id(0)
@@ -55,35 +49,11 @@ def sort_slots(
     slots = tl.arange(0, BLOCK)
     local, live = _local_ids(ids_ptr, stride_it, slots, R, top_k, expert_offset, E)
     counts = tl.histogram(local, BINS, mask=live)
-    if ahead is not None:
-        _fetch_ahead(ahead, counts, bins, expert, TILE)
     start = tl.sum(tl.where(bins < expert, counts, 0))
     _write_expert(start_ptr, tiles_ptr, count_ptr, counts, bins, expert, start, E, TILE)
     own = live & (local == expert)
     rank = tl.cumsum(own.to(tl.int32), 0) - 1
     tl.store(sorted_ptr + start + rank, slots, mask=own)
-
-
-@triton.jit
-def _fetch_ahead(ahead, counts, bins, expert, TILE: tl.constexpr):
-    """The first bytes of an expert's weights to L2, if the first CTAs of the GEMM will have it."""
-    mine = tl.sum(tl.where(bins == expert, counts, 0))
-    tile = tl.sum(tl.where(bins < expert, tl.cdiv(counts, TILE), 0))
-    first = tile * ahead.rows
-    # a thread a row
-    for start in range(0, tl.where(mine > 0, tl.minimum(ahead.rows, ahead.most - first), 0), 128):
-        row = start + tl.arange(0, 128)
-        wanted = (row < ahead.rows) & (first + row < ahead.most)
-        at = ahead.data_ptr + (expert.to(tl.int64) * ahead.rows + row) * ahead.row
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0;"
-            " @p cp.async.bulk.prefetch.L2.global [$1], $2; }",
-            "=r,l,r,r",
-            [at.to(tl.int64), tl.zeros_like(row) + ahead.nbytes, wanted.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @launch.entry
@@ -240,29 +210,6 @@ def _clamped(offsets_ptr, at, G, R):
     return tl.where(at <= G, tl.minimum(tl.maximum(o, 0), R), R)
 
 
-class Ahead(NamedTuple):
-    """Weights [E, rows, bytes] of the GEMM that comes next.
-
-    Attributes:
-        data_ptr: their tensor.
-        rows, row: of an expert, and bytes of each.
-        most: rows, of one tile after the other, that the CTAs of the GEMM begin with.
-        nbytes: what is fetched of a row, a multiple of 16.
-    """
-
-    data_ptr: torch.Tensor
-    rows: int
-    row: int
-    most: int
-    nbytes: int
-
-    @staticmethod
-    def of(data: torch.Tensor, most: int) -> "Ahead":
-        """Of contiguous weights [E, rows, ..]."""
-        row = data.stride(1) * data.element_size()
-        return Ahead(data, data.shape[1], row, most, min(row, _AHEAD_BYTES) // 16 * 16)
-
-
 def sort(
     ids: torch.Tensor,
     experts: int,
@@ -270,7 +217,6 @@ def sort(
     tile: int,
     rows: tuple[torch.Tensor, ...],
     scratch: torch.Tensor,
-    ahead: Ahead | None = None,
 ) -> None:
     """Sorts ids [T, K] by expert.
 
@@ -278,7 +224,6 @@ def sort(
         tile: most rows of a tile.
         rows: sorted_slots, expert_start, tiles and tile_count, int32; workspace.py has the shapes.
         scratch: memory of at least R * E / 128 + E elements of four bytes, for many rows.
-        ahead: weights of the launch after this, which few rows can bring to L2.
     """
     sorted_slots, expert_start, tiles, tile_count = rows
     total, top_k = ids.numel(), ids.shape[1]
@@ -295,7 +240,6 @@ def sort(
             top_k,
             expert_offset,
             experts,
-            ahead,
             TILE=tile,
             BLOCK=max(64, launch.power_of_2(total)),
             BINS=bins,

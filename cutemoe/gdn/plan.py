@@ -92,12 +92,12 @@ CUTE = Backend(
 DECODE = (
     CUTE,
     Backend("triton", "cutemoe.triton_kernels.gdn:run", triton_unavailable, refuse_triton,
-            configure),
+            configure, replays=True),
     Backend("reference", "cutemoe.gdn.reference:gdn_decode", never, never),
 )  # fmt: skip
 VERIFY = (
     CUTE,
     Backend("triton", "cutemoe.triton_kernels.gdn_verify:run", triton_unavailable, refuse_triton,
-            configure),
+            configure, replays=True),
     Backend("reference", "cutemoe.gdn.reference:gdn_verify", never, never),
 )  # fmt: skip

@@ -151,7 +151,14 @@ def _run(*args: Any) -> None:
 def _bind(*args: Any) -> Callable[[GemmTensors], None] | None:
     """The launch of calls that differ from this one by addresses alone; None of no rows."""
     chosen, problem, device, t = _prepared(*args)
-    return chosen.bound(problem, device, t) if problem.rows else None
+    if not problem.rows:
+        return None
+    if not chosen.replays:
+        return chosen.bound(problem, device, t)
+    # a recorded launch takes its scratch memory from the call; no tile has fewer than 8 rows
+    most = min(problem.groups + 1, problem.rows) + problem.rows // 8
+    launch = chosen.bound(problem, device, t.with_scratch(most))
+    return lambda t: launch(t.with_scratch(most))
 
 
 def _fake(*args: Any) -> None:

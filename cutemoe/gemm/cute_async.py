@@ -30,11 +30,6 @@ def bulk_copy(dst, src, nbytes, barrier, once):
     )
 
 
-def fetch_to_l2(src, nbytes):
-    """nbytes (a multiple of 16) of global memory, into L2 only."""
-    _do("cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", (Int64(src), Int32(nbytes)))
-
-
 def copy_16(dst, src, nbytes, left, least):
     """16 bytes to dst, of which nbytes come from global memory and the rest are zeros; nothing
     unless left > least, a number."""

@@ -18,7 +18,6 @@ def build(c: Config, options: str = ""):
     K, E, N, R, T = s(), s(), s(), s(), s()
     x = _rows(TYPES[c.recipe.activations], (s(), K), 16)
     w = _packed(Uint8, (E, s(), s(), c.recipe.unit), 16)
-    after = _packed(Uint8, (E, s(), s(), c.recipe.unit), 16) if c.ahead[0] else None
     factor = _packed(Float32, (E,), 4) if c.factor else None
     x_scale = {"none": None, "row": (s(),), "expert": (E,)}[c.x_scale]
     x_scale = None if x_scale is None else _packed(Float32, x_scale, 4)
@@ -29,8 +28,8 @@ def build(c: Config, options: str = ""):
     params = tuple(_packed(Float32, (E,), 4) if p else Float32(0.0) for p in c.params)
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(
-        ExpertGemm(c), x, w, after, factor, x_scale, bias, work, out, params, Int32(1), Int32(1),
-        stream, options=f"--enable-tvm-ffi {options}".strip(),
+        ExpertGemm(c), x, w, factor, x_scale, bias, work, out, params, Int32(1), Int32(1), stream,
+        options=f"--enable-tvm-ffi {options}".strip(),
     )  # fmt: skip
 
 

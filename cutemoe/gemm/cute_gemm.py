@@ -15,7 +15,6 @@ Per k    weights: wait empty, expect bytes, copy | tokens: wait empty, cp.async;
          and block: decode, two wgmma, and wait until those before are done, whose registers the
          next decode takes; release the stage before
 Per item math: bias, activation, store, while the others are at the next items already
-At end   weights: the first that the next launch will ask for, to L2, while math is still at work
 
 Where scales multiply sums of a group (int4, and fp8), wgmma starts every group from zero in
 registers of its own. When the first step of the next group is decoded, a warpgroup waits for the
@@ -44,7 +43,7 @@ from cutlass import (
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from cutemoe.dsl.memory import SmemAllocator
-from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16, fetch_to_l2
+from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16
 from cutemoe.gemm.cute_decode import hook, opaque
 from cutemoe.gemm.cute_epilogue import Epilogue
 from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
@@ -92,7 +91,6 @@ class ExpertGemm:
         self,
         mX,
         mW,
-        mNext,
         factor,
         x_scale,
         bias,
@@ -103,11 +101,10 @@ class ExpertGemm:
         ctas: Int32,
         stream: cuda.CUstream,
     ):
-        """x [.., K], fp8 as bytes; w [E, row blocks, column blocks, unit], and that of the launch
-        after this or None; factor [E]; x_scale [E]
+        """x [.., K], fp8 as bytes; w [E, row blocks, column blocks, unit]; factor [E]; x_scale [E]
         or [rows of x]; bias [E, rows of w]; work: slots, tiles, count; params: alpha, beta, limit,
         each Float32 or [E]."""
-        self.kernel(mX, mW, mNext, (factor, x_scale, bias, top_k), work, mO, params).launch(  # pyright: ignore
+        self.kernel(mX, mW, (factor, x_scale, bias, top_k), work, mO, params).launch(  # pyright: ignore
             grid=[ctas, 1, 1],
             block=[self.threads, 1, 1],
             min_blocks_per_mp=self.t.ctas,
@@ -117,7 +114,7 @@ class ExpertGemm:
         )
 
     @cute.kernel
-    def kernel(self, mX, mW, mNext, extras, work, mO, params):
+    def kernel(self, mX, mW, extras, work, mO, params):
         shared = SmemAllocator().allocate(self.Storage)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         full, empty = shared.full.data_ptr(), shared.empty.data_ptr()  # pyright: ignore
@@ -138,8 +135,6 @@ class ExpertGemm:
             cute.arch.setmaxregister_decrease(self.t.registers[0])
             if warp == 0:
                 self.load_weights(mW, work[1], shared, full, empty, blocks, total)
-                if const_expr(mNext is not None):
-                    self.fetch_ahead(mNext, work[1], work[2][0])
             elif warp <= self.loaders:
                 self.load_tokens(mX, mW, work, shared, full, empty, blocks, total, extras[3])
         else:
@@ -185,29 +180,6 @@ class ExpertGemm:
                                 )
                     stage, phase = advance(stage, phase, self.stages)
             item += grid
-
-    @cute.jit
-    def fetch_ahead(self, mNext, mT, tiles):
-        """The first weights of this CTA's item in the next launch, while math still works here."""
-        each, most = self.c.ahead
-        row_blocks, units = mNext.shape[1], mNext.shape[2]
-        blocks = cute.ceil_div(row_blocks, each)
-        item, _, _ = cute.arch.block_idx()
-        tile = item // blocks
-        if tile < tiles:
-            expert = mT[tile, 0]
-            first = (item - tile * blocks) * each
-            whole = units * self.c.recipe.unit
-            src = mNext.iterator.toint() + (Int64(expert) * row_blocks + first) * Int64(whole)
-            nbytes = whole if whole < most else Int32(most)
-            # lanes side by side, 16 bytes and their multiples
-            part = cute.ceil_div(nbytes, 512) * 16
-            at = cute.arch.lane_idx() * part
-            left = nbytes - at
-            part = part if part < left else left
-            for b in range_constexpr(each):
-                if part > 0 and first + b < row_blocks:
-                    fetch_to_l2(src + Int64(b * whole + at), part)
 
     @cute.jit
     def load_tokens(self, mX, mW, work, shared, full, empty, blocks, total, top_k):

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from cutemoe.gemm.cute_build import build
-from cutemoe.gemm.cute_plan import AHEAD_BYTES, Config, Recipe, Tile
+from cutemoe.gemm.cute_plan import Config, Recipe, Tile
 from cutemoe.gemm.problem import GemmProblem
 from cutemoe.gemm.tensors import GemmTensors
 from cutemoe.gemm.weight import HOPPER, PackedWeight
+from cutemoe.runtime import replay
 from cutemoe.runtime.compile import compiled
 from cutemoe.runtime.device import Device
 from cutemoe.triton_kernels import sort
@@ -31,7 +32,6 @@ def multiply(
     bias: torch.Tensor | None = None,
     params: tuple[Any, Any, Any] = (1.0, 0.0, None),
     top_k: int = 1,
-    following: tuple[Tile, PackedWeight] | None = None,
     **given: Any,
 ) -> None:
     """Launches the kernel for at most `tiles` tiles of rows.
@@ -40,7 +40,6 @@ def multiply(
         work: slots of the sorted rows, tiles and their count, as sort.py writes them.
         params: alpha, beta and limit of the activation, numbers or float32 [E].
         x_scale: what multiplies the sums: Config's word for it, and the tensor.
-        following: tile and weights of the launch after this, which takes the same tiles.
         given: other fields of the kernel's Config.
     """
     config = Config(
@@ -53,7 +52,6 @@ def multiply(
         params=(_given(params[0]), _given(params[1]), _given(params[2])),
         limit=params[2] is not None,
         order=w.order,
-        ahead=(0, 0) if following is None else _ahead(following[0]),
         **given,
     )
     slots, list_, count = work
@@ -61,17 +59,11 @@ def multiply(
         slots = None
     device = Device.of(x.device)
     blocks = -(-w.data.shape[1] // tile.row_blocks)
-    after = None if following is None else following[1].data
-    kernel(config)(
-        aligned(x), w.data, after, w.factor, x_scale[1], bias, (slots, list_, count), out,
+    replay.call(
+        kernel(config), aligned(x), w.data, w.factor, x_scale[1], bias, (slots, list_, count), out,
         tuple(0.0 if p is None else p for p in params), top_k,
         min(tiles * blocks, device.sm_count * tile.ctas),
     )  # fmt: skip
-
-
-def _ahead(tile: Tile) -> tuple[int, int]:
-    """Config's field of that name where this tile comes next."""
-    return tile.row_blocks, AHEAD_BYTES // tile.row_blocks // 16 * 16
 
 
 def _given(parameter: object) -> bool:
@@ -96,8 +88,7 @@ def run(problem: GemmProblem, tile: Tile, t: GemmTensors) -> None:
     # rows of no group are one more group, and its tile writes zeros
     groups = problem.groups + 1
     most = min(groups, problem.rows) + problem.rows // tile.block_m
-    scratch = torch.empty(4 + 3 * most, dtype=torch.int32, device=t.x.device)
-    count, list_ = scratch[:1], scratch[4:].view(most, 3)
+    count, list_ = t.tiles(most)
     sort.sort_groups(t.offsets, problem.rows, tile.block_m, list_, count)
     x_scale = problem.x_scale, t.x_scale
     if t.x_scale is not None and problem.x_scale == "tensor":

@@ -40,8 +40,6 @@ MOST_ROWS_OF_FOUR = 48
 MOST_ROWS_OF_FOUR_PAIRS = 40
 # of a stage of few tokens with (warpgroups, blocks of each), relatively; H200, 2026-11
 STAGE_US = {(4, 2): 1.15, (3, 2): 0.89, (4, 1): 0.6, (3, 1): 0.5, (2, 1): 0.4}
-# of each CTA's first item of the next launch, what is brought to L2: 25 MB of 132 multiprocessors
-AHEAD_BYTES = 192 * 1024
 # columns of a pipeline stage: two units of the weight layout
 STAGE_UNITS = 2
 STAGE_COLUMNS = STAGE_UNITS * sm90_rs_w4.COLUMNS
@@ -247,8 +245,6 @@ class Config:
         limit: the clamp exists.
         zero_tail: tiles of a negative expert write zeros.
         early: the tiles are older than the launch before, so weights need not wait for its end.
-        ahead: blocks of 64 rows of an item of the launch after this, which takes the same tiles,
-            and bytes of each; its first weights are brought to L2. None are with (0, 0).
     """
 
     recipe: Recipe
@@ -265,7 +261,6 @@ class Config:
     limit: bool = False
     zero_tail: bool = False
     early: bool = False
-    ahead: tuple[int, int] = (0, 0)
 
     @property
     def gated(self) -> bool:

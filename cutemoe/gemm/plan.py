@@ -188,6 +188,7 @@ BACKENDS = (
         cute_plan.unavailable,
         refuse_cute,
         configure_cute,
+        replays=True,
     ),
     Backend(
         "triton",
@@ -195,6 +196,7 @@ BACKENDS = (
         triton_unavailable,
         refuse_triton,
         configure_triton,
+        replays=True,
     ),
     Backend("reference", "cutemoe.gemm.reference:run", never, never),
 )

@@ -21,8 +21,7 @@ import torch
 from cutemoe.gemm.cute_launch import multiply
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.tensors import MoETensors
-from cutemoe.runtime.device import Device
-from cutemoe.triton_kernels import combine, sort
+from cutemoe.triton_kernels import combine
 from cutemoe.triton_kernels.moe import fc1_input, fc2_input, most_tiles, sorted_rows
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     """The CuTe back end of `fused_moe`."""
     if problem.tokens == 0:
         return
-    first = Device.of(t.x.device).sm_count * config.fc1.ctas * config.fc1.row_blocks
-    w = sorted_rows(problem, config, t, sort.Ahead.of(t.w13.data, first))
+    w = sorted_rows(problem, config, t)
     work = (w["sorted_slots"], w["tiles"], w["tile_count"])
     most = most_tiles(problem, config)
     x, token_scale, expert_scale, divide = fc1_input(problem, t, w)
@@ -49,7 +47,6 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
         bias=t.b13,
         params=(t.alpha, t.beta, t.limit),
         top_k=max(divide, 1),
-        following=(config.fc2, t.w2),
         gather=divide > 0,
         activation=problem.activation,
     )

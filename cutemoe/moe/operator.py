@@ -18,6 +18,7 @@ from cutemoe.moe.prepare import PreparedMoE
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.tensors import MoETensors, RouteTensors
+from cutemoe.moe.workspace import layout_of
 from cutemoe.runtime.backend import Backend, choose
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import define
@@ -172,7 +173,14 @@ def _run(*args: Any) -> None:
 def bind(*args: Any) -> Callable[[MoETensors], None] | None:
     """The launch of calls that differ from this one by addresses alone; None of no tokens."""
     chosen, problem, device, t = _prepared(*args)
-    return chosen.bound(problem, device, t) if problem.tokens else None
+    if not problem.tokens:
+        return None
+    if not chosen.replays:
+        return chosen.bound(problem, device, t)
+    # a recorded launch takes its scratch memory from the call
+    nbytes = layout_of(problem).nbytes
+    launch = chosen.bound(problem, device, t.with_workspace(nbytes))
+    return lambda t: launch(t.with_workspace(nbytes))
 
 
 def _fake(*args: Any) -> None:

@@ -170,6 +170,7 @@ BACKENDS = (
         refuse_cute,
         configure_cute,
         tuning=tune.Tuning(_tuned_key, _cute_passes, asdict),
+        replays=True,
     ),
     Backend(
         "cute_nvfp4",
@@ -216,6 +217,7 @@ BACKENDS = (
         triton_unavailable,
         refuse_triton,
         configure_triton,
+        replays=True,
     ),
     Backend("reference", "cutemoe.moe.reference:run", never, never),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,23 @@ class MoETensors:
     beta: float | torch.Tensor
     limit: float | torch.Tensor | None
     workspace: torch.Tensor | None
+
+    def roles(self) -> list[torch.Tensor | None]:
+        """Every tensor, in one order."""
+        w13, w2 = self.w13, self.w2
+        params = (self.alpha, self.beta, self.limit)
+        return [
+            self.x, self.ids, self.weights, self.out, self.workspace, w13.data, w13.scale,
+            w13.factor, w2.data, w2.scale, w2.factor, self.b13, self.b2, self.input_scale1,
+            self.input_scale2, *[p if isinstance(p, torch.Tensor) else None for p in params],
+        ]  # fmt: skip
+
+    def with_workspace(self, nbytes: int) -> MoETensors:
+        """The same, with scratch memory of its own where none was given."""
+        if self.workspace is not None:
+            return self
+        empty = torch.empty(nbytes, dtype=torch.uint8, device=self.x.device)
+        return replace(self, workspace=empty)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from cutemoe.errors import Unsupported, invalid
-from cutemoe.runtime import settings
+from cutemoe.runtime import replay, settings
 from cutemoe.runtime.compile import NotCompiled
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.tune import Tuning
@@ -38,6 +38,8 @@ class Backend:
         variant: only for those who name it; neither chosen nor listed otherwise.
         bind: "module:function" of bind(problem, config, tensors), a function that runs on other
             tensors of the same signature (`runtime.recall`); without, `entry` does.
+        replays: `entry` does nothing but launch kernels, so that launches can be made again
+            (`runtime.replay`).
     """
 
     name: str
@@ -48,6 +50,7 @@ class Backend:
     variant: bool = False
     tuning: Tuning | None = None
     bind: str = ""
+    replays: bool = False
 
     def reason(self, problem: Problem, device: Device) -> str | None:
         """Why this back end does not run the problem on the device, or None."""
@@ -75,7 +78,10 @@ class Backend:
     def bound(self, problem: Problem, device: Device, tensors: Any) -> Callable[[Any], None]:
         """A function that runs the problem on tensors that differ from these by address alone."""
         if not self.bind:
-            return partial(self.run, problem, device)
+            run = partial(self.run, problem, device)
+            # interpreted kernels are no launches
+            recorded = self.replays and device.type == "cuda"
+            return replay.replayed(run, tensors) if recorded else run
         return _load(self.bind)(problem, self.config(problem, device), tensors)
 
 

@@ -25,7 +25,6 @@ def arguments() -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
     f32, bf16 = torch.zeros(4096), torch.zeros(64, 64, dtype=torch.bfloat16)
     few = {"TILE": 8, "BLOCK": 64, "BINS": 8, "PDL": True, "num_warps": 4, "num_stages": 1}
     few |= {"launch_pdl": True}
-    ahead = sort.Ahead.of(torch.zeros(8, 3, 2, 2176, dtype=torch.uint8), 132)
     combined = {"TOP_K": 2, "BLOCK": 64, "PARTS": 1, "PORTABLE": False, "PDL": False}
     combined |= {"num_warps": 4}
     rounded = {"FORMAT": "fp8", "DIVIDE": 0, "SORTED": False, "BINS": 2, "BLOCK": 64}
@@ -37,14 +36,10 @@ def arguments() -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
     sizes |= {"STATE": (64, 1), "SNAP": (64, 1), "UPDATE": True, "num_warps": 1}
     state = (view, view, view, view, view)
     return {
-        "aligned": (sort.sort_slots, (i32, 16, i32, i32, i32, i32, 24, 6, 0, 8, None), few),
-        "ones": (sort.sort_slots, (i32, 1, i32, i32, i32, i32, 1, 1, 1, 1, None), few),
-        "unaligned": (
-            sort.sort_slots,
-            (i64, 6, i32[1:], i32[2:], i32, i32, 1, 6, 3, 8, ahead),
-            few,
-        ),
-        "wide": (sort.sort_slots, (i64, 2**31, i32, i32, i32, i32, 2**35, 6, -1, 8, ahead), few),
+        "aligned": (sort.sort_slots, (i32, 16, i32, i32, i32, i32, 24, 6, 0, 8), few),
+        "ones": (sort.sort_slots, (i32, 1, i32, i32, i32, i32, 1, 1, 1, 1), few),
+        "unaligned": (sort.sort_slots, (i64, 6, i32[1:], i32[2:], i32, i32, 1, 6, 3, 8), few),
+        "wide": (sort.sort_slots, (i64, 2**31, i32, i32, i32, i32, 2**35, 6, -1, 8), few),
         "floats": (combine.combine_slots, (f32, i32, f32, bf16, 64, 2, 2, 64, 0, 8), combined),
         "none": (quantize.quantize_rows, (bf16, bf16, f32, None, None, None, 64, 64, 1), rounded),
         "nested": (

@@ -137,7 +137,7 @@ SORT = {"ids_ptr": "*i64", "stride_it": "i64"} | dict.fromkeys(
 )
 OUT = dict.fromkeys(("sorted_ptr", "start_ptr", "tiles_ptr", "count_ptr"), "*i32")
 SMALL = {
-    "sort_slots": ("sort", SORT | OUT, {"TILE": 8, "BLOCK": 512, "BINS": 1024, "ahead": None}),
+    "sort_slots": ("sort", SORT | OUT, {"TILE": 8, "BLOCK": 512, "BINS": 1024}),
     "count_chunks": (
         "sort",
         SORT | {"counts_ptr": "*i32", "steps": "i32"},

@@ -154,7 +154,7 @@ def test_launches_cost_less_than_tritons_own() -> None:
     from cutemoe.triton_kernels import launch, sort
 
     i32 = torch.zeros(64, dtype=torch.int32, device="cuda")
-    args = (i32, 2, i32, i32, i32, i32, 8, 2, 0, 8, None)
+    args = (i32, 2, i32, i32, i32, i32, 8, 2, 0, 8)
     words = {"TILE": 8, "BLOCK": 64, "BINS": 8, "PDL": False, **launch.options(4)}
     ours = us(lambda: sort.sort_slots[(8,)](*args, **words))
     one = torch.zeros(1, device="cuda")
