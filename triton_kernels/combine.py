@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cutemoe.triton_kernels import decode, launch, pdl
+from cutemoe.triton_kernels import decode, launch
 
 
 @launch.entry
@@ -29,13 +29,11 @@ def combine_slots(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     PORTABLE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """out[t] = sum over slots of weight * y; skipped slots are not read.
 
     One program a token and block of BLOCK outputs; slots i, i + PARTS, .. first.
     """
-    pdl.results_of_the_last_kernel(PDL)
     blocks = tl.cdiv(H, BLOCK)
     pid = tl.program_id(0)
     t = (pid // blocks).to(tl.int64)
@@ -77,7 +75,6 @@ def combine(
         fused: a product may go into the sum unrounded; otherwise sums are in torch's order.
     """
     tokens, hidden = out.shape
-    early = pdl.dependent(out)
     # all slots of a block are in flight together
     most = 8192 // launch.power_of_2(max(8, ids.shape[1]))
     block = min(512 if tokens <= 32 else 1024, most, max(16, launch.power_of_2(hidden)))
@@ -96,6 +93,5 @@ def combine(
         BLOCK=block,
         PARTS=1 if fused else 4,
         PORTABLE=launch.portable(),
-        PDL=early,
-        **launch.options(4, fusion=fused, pdl=early),
+        **launch.options(4, fusion=fused),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ class GemmTensors:
         offsets: int32 [G+1] contiguous; group g owns rows offsets[g] to offsets[g+1].
         x_scale: float32, [] or [R] contiguous; None is 1.
         out: [R, N] bf16 or fp16, last dimension contiguous.
-        scratch: int32, of sufficient size for `tiles`, or None.
+        scratch: int32 [1] and [.., 3] for the number of tiles and as many tiles as there may be,
+            or None.
     """
 
     x: torch.Tensor
@@ -27,24 +29,21 @@ class GemmTensors:
     offsets: torch.Tensor
     x_scale: torch.Tensor | None
     out: torch.Tensor
-    scratch: torch.Tensor | None = None
+    scratch: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def tiles(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scratch memory for the number of tiles [1] and for the tiles [most, 3], int32."""
-        scratch = self.scratch
-        if scratch is None:
-            scratch = torch.empty(4 + 3 * most, dtype=torch.int32, device=self.x.device)
-        return scratch[:1], scratch[4 : 4 + 3 * most].view(most, 3)
+        """Scratch memory for the number of tiles and for that many tiles."""
+        if self.scratch is not None:
+            return self.scratch
+        kind: dict[str, Any] = {"dtype": torch.int32, "device": self.x.device}
+        return torch.empty(1, **kind), torch.empty(most, 3, **kind)
 
     def with_scratch(self, most: int) -> GemmTensors:
-        """The same, with scratch memory for that many tiles where none was given."""
-        if self.scratch is not None:
-            return self
-        empty = torch.empty(4 + 3 * most, dtype=torch.int32, device=self.x.device)
-        return replace(self, scratch=empty)
+        """The same, with scratch memory of its own."""
+        return replace(self, scratch=self.tiles(most))
 
     def roles(self) -> list[torch.Tensor | None]:
         """Every tensor, in one order."""
         w = self.w
-        fixed = (self.x, self.offsets, self.x_scale, self.out, self.scratch)
-        return [*fixed, w.data, w.scale, w.factor]
+        fixed = (self.x, self.offsets, self.x_scale, self.out, w.data, w.scale, w.factor)
+        return [*fixed, *(self.scratch or ())]

@@ -25,8 +25,7 @@ def arguments() -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
     f32, bf16 = torch.zeros(4096), torch.zeros(64, 64, dtype=torch.bfloat16)
     few = {"TILE": 8, "BLOCK": 64, "BINS": 8, "PDL": True, "num_warps": 4, "num_stages": 1}
     few |= {"launch_pdl": True}
-    combined = {"TOP_K": 2, "BLOCK": 64, "PARTS": 1, "PORTABLE": False, "PDL": False}
-    combined |= {"num_warps": 4}
+    combined = {"TOP_K": 2, "BLOCK": 64, "PARTS": 1, "PORTABLE": False, "num_warps": 4}
     rounded = {"FORMAT": "fp8", "DIVIDE": 0, "SORTED": False, "BINS": 2, "BLOCK": 64}
     view = gdn.view(bf16.view(4, 1, 16, 64))
     snaps = gdn.snapshots_of(bf16.view(4, 1, 16, 64), None)

@@ -5,11 +5,21 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import partial
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
+import cutemoe
+from cutemoe.gdn import api as gdn_api
+from cutemoe.gemm import api as gemm_api
+from cutemoe.moe import api as moe_api
 from cutemoe.runtime import replay
+from tests import strategies as draw
+from tests.close import assert_same
+from tests.gdn.cases import Case
+from tests.moe.cases import Target, random_layer
 
 
 class Call(NamedTuple):
@@ -132,3 +142,104 @@ def test_an_error_ends_a_recording() -> None:
     except ValueError:
         pass
     assert len(launched(run, call_of(16))) == 2
+
+
+def layer_calls(backend: str, activations: str, with_workspace: bool) -> list[Any]:
+    """Calls of two layers with one signature, each with tensors of its own."""
+    found = []
+    for seed in (1, 2, 3):
+        layer = random_layer("mxfp4", activations, E=6, H=192, I=128, seed=seed)
+        moe = layer.prepared(Target(backend, "cuda"))
+        x = draw.normal((37, 192), seed, layer.dtype).cuda()
+        ids, weights = cutemoe.route(draw.normal((37, 6), seed).cuda(), 2)
+        more: dict[str, Any] = {"backend": backend}
+        if with_workspace:
+            more["workspace"] = cutemoe.Workspace.for_moe(moe, 37, 2)
+        found.append(partial(cutemoe.fused_moe, x, moe, ids, weights, **more))
+    return found
+
+
+def gemm_calls(backend: str) -> list[Any]:
+    found = []
+    for seed in (1, 2, 3):
+        w = cutemoe.quantize(draw.normal((5, 64, 128), seed), "mxfp4")
+        packed = cutemoe.prepare_grouped_gemm(w, device="cuda", backend=backend)
+        x = draw.normal((20, 128), seed, torch.bfloat16).cuda()
+        offsets = torch.tensor([0, seed, 7, 7, 15, 18], dtype=torch.int32, device="cuda")
+        found.append(partial(cutemoe.grouped_gemm, x, packed, offsets, backend=backend))
+    return found
+
+
+def head_calls(backend: str, verify: bool) -> list[Any]:
+    found = []
+    for seed in (1, 2, 3):
+        case = Case(B=3, T=2, seed=seed, index=torch.int32, shape=(1, 2, 128, 128))
+        given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.call().items()}
+        draft = case.draft(4, "cuda")
+        accepted = torch.tensor([0, 1, 2], dtype=torch.int32, device="cuda")
+
+        def call(given=given, draft=draft, accepted=accepted):
+            state = given["state"].clone()
+            if not verify:
+                return cutemoe.gdn_decode(**{**given, "state": state}, backend=backend), state
+            for part in draft.tensors:
+                part.zero_()
+            more = {"draft": draft, "num_accepted": accepted, "backend": backend}
+            call = {**given, "state": state, **more}
+            cutemoe.gdn_verify(**call)
+            return cutemoe.gdn_verify(**call), state
+
+        found.append(call)
+    return found
+
+
+CALLS = {
+    **{
+        f"layer {b} {a} {w}": partial(layer_calls, b, a, w)
+        for b in ("cute", "triton")
+        for a in ("bf16", "fp8")
+        for w in (True, False)
+    },
+    **{f"groups {b}": partial(gemm_calls, b) for b in ("cute", "triton")},
+    **{
+        f"heads {b} {v}": partial(head_calls, b, v)
+        for b in ("cute", "triton")
+        for v in (False, True)
+    },
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_recalled_calls_have_the_bits_of_checked_ones(name: str) -> None:
+    """On a card, in a CUDA graph too."""
+    if "cute" in name:
+        pytest.importorskip("cutlass")
+    memories = (moe_api._KNOWN, gemm_api._KNOWN, gdn_api._DECODED, gdn_api._VERIFIED)
+
+    def forget() -> None:
+        for memory in memories:
+            memory.forget()
+
+    def bits(found: Any) -> tuple[torch.Tensor, ...]:
+        return found if isinstance(found, tuple) else (found,)
+
+    calls = CALLS[name]()
+    want = []
+    with torch.no_grad():
+        for call in calls:
+            forget()
+            want.append(bits(call()))
+        assert not torch.equal(want[0][0], want[1][0])
+        forget()
+        for _ in range(2):
+            for call, wanted in zip(calls, want, strict=True):
+                for a, b in zip(bits(call()), wanted, strict=True):
+                    assert_same(a, b)
+        assert sum(len(m._known) for m in memories) == 1
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = bits(calls[1]())
+        graph.replay()
+        for a, b in zip(found, want[1], strict=True):
+            assert_same(a, b)
