@@ -1,9 +1,9 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportIndexIssue=false, reportCallIssue=false
-"""FP4 x FP4 layers by a bf16 layer, as engines emulate them on cards without FP4 instructions.
+"""FP4 x FP4 layers by a bf16 layer: the plain way on cards without FP4 instructions.
 
-Written here, in torch and Triton, after what vLLM 0.33.0 does on such cards (`fused_moe/experts/
-nvfp4_emulation_moe.py`); none of its text, and no package of it, is used. Every call
+Written here, in torch and Triton. vLLM 0.33.0 decodes within its product in place of before it
+(vllm_nvfp4_emulation.py). Every call
 
     rounds x to the values of its FP4 codes
     sorts the slots by expert and gathers their rows
@@ -11,9 +11,9 @@ nvfp4_emulation_moe.py`); none of its text, and no package of it, is used. Every
     applies the gated unit and rounds to the values of FP4 codes
     decodes w2, multiplies, and adds up the slots of every token in float32
 
-Faster than what it stands for: experts without rows are not decoded (the card knows them, so a CUDA
-graph may be captured), the gated unit and the rounding are one kernel. What it cannot avoid is
-2 bytes a weight of the drawn experts, written and read again, where FP4 is read once.
+Experts without rows are not decoded (the card knows them, so a CUDA graph may be captured), and the
+gated unit and the rounding are one kernel. What it cannot avoid is 2 bytes a weight of the drawn
+experts, written and read again, where FP4 is read once.
 
 The grouped product rounds to bf16 before the multiplier of an expert can be applied, torch's own
 path after it, so other codes flip than those that the gate allows for. Of nvfp4 layers with 10 and

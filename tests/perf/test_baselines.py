@@ -20,6 +20,7 @@ PACKAGES = {
     "peer:openai_triton_kernels": "triton_kernels",
     "peer:fla": "fla",
     "peer:flashinfer": "flashinfer",
+    "peer:vllm_nvfp4_emulation": "vllm",
 }
 MOE = {n: w for n, w in WORKLOADS.items() if isinstance(w, MoEWorkload)}
 GDN = {n: w for n, w in WORKLOADS.items() if isinstance(w, GDNWorkload)}

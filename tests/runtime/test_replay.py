@@ -126,6 +126,15 @@ def test_memory_of_earlier_calls_is_given_back() -> None:
     assert alive() is None
 
 
+def test_recorded_tensors_are_not_kept() -> None:
+    t = call_of(16)
+    again = replay.replayed(run, t)
+    alive = [weakref.ref(x.untyped_storage()) for x in t if x is not None]
+    del t
+    gc.collect()
+    assert again is not run and not any(ref() for ref in alive)
+
+
 def test_other_threads_launch() -> None:
     SEEN.clear()
     with replay.recording() as launches:
