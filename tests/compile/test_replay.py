@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ CASES = (
 )
 
 
-@cache
-def launches(name: str, folder: Path) -> Any:
-    """Whether launches were recorded, and those of a first call, a recalled and a checked one."""
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By case: whether launches were recorded; those of a first, a recalled and a checked call."""
+    folder = str(tmp_path_factory.mktemp("cache"))
     done = subprocess.run(
-        [sys.executable, str(WORKER), name],
-        env={**os.environ, "TRITON_INTERPRET": "0", "CUTEMOE_CACHE_DIR": str(folder)},
+        [sys.executable, str(WORKER)],
+        env={**os.environ, "TRITON_INTERPRET": "0", "CUTEMOE_CACHE_DIR": folder},
         capture_output=True,
         text=True,
     )
@@ -39,21 +39,16 @@ def launches(name: str, folder: Path) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_the_launches_of_a_recalled_call_are_its_own(name, folder):
+def test_the_launches_of_a_recalled_call_are_its_own(name: str, launches: dict[str, Any]) -> None:
     if "cute" in name:
         pytest.importorskip("cutlass")
-    made, first, recalled, checked = launches(name, folder)
+    made, first, recalled, checked = launches[name]
     assert made == [True]
     assert recalled == checked and len(recalled) >= 1
     assert len(first) == len(recalled) and first != recalled
 
 
-def test_what_cannot_be_told_apart_is_not_replayed(folder):
-    made, _, recalled, checked = launches("heads the same tensor twice", folder)
+def test_what_cannot_be_told_apart_is_not_replayed(launches: dict[str, Any]) -> None:
+    made, _, recalled, checked = launches["heads the same tensor twice"]
     assert made and not any(made) and recalled == checked
