@@ -1,7 +1,7 @@
 """What recalled calls launch, beside what the same calls launch when they are checked.
 
 The driver and the CuTe kernels only write down what they are given; tensors are on the CPU. Prints
-for every case whether replays were made, and the launches of a first, a recalled and a checked call.
+for every case whether replays were made, and the launches of a first, recalled and checked call.
 """
 
 from __future__ import annotations
