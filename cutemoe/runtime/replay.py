@@ -114,8 +114,8 @@ class Replay:
             if not launch.by_address:
                 wanted = [(p.role, self._number(p)) for p in places]
             self._launches.append((launch.start, launch.by_address, wanted))
-        # by the tensor that had a role in an earlier call
-        self._made: Any = WeakIdKeyDictionary()
+        # of every such role, by the tensor that had it in an earlier call: its address and views
+        self._made: dict[int, Any] = {role: WeakIdKeyDictionary() for role in self._views}
 
     def _number(self, place: _Place) -> int:
         """Which of its role's views a place is; -1 of the whole."""
@@ -140,19 +140,21 @@ class Replay:
     def __call__(self, roles: Sequence[torch.Tensor | None]) -> None:
         """Makes the launches."""
         addresses = [0 if t is None else t.data_ptr() for t in roles]
-        views = {role: self._viewed(role, roles[role]) for role in self._views}
+        views = {role: self._viewed(role, roles[role], addresses[role]) for role in self._views}
         for start, by_address, places in self._launches:
             if by_address:
                 start([addresses[role] + behind for role, behind in places])
             else:
                 start([roles[role] if n < 0 else views[role][n] for role, n in places])
 
-    def _viewed(self, role: int, t: Any) -> list[torch.Tensor]:
+    def _viewed(self, role: int, t: Any, address: int) -> list[torch.Tensor]:
         """The views of a tensor in a role."""
-        found = self._made.get(t)
-        if found is None:
-            found = self._made[t] = [_view(t, place) for place in self._views[role]]
-        return found
+        known = self._made[role]
+        found = known.get(t)
+        # a tensor may be given other memory
+        if found is None or found[0] != address:
+            found = known[t] = address, [_view(t, place) for place in self._views[role]]
+        return found[1]
 
 
 def _view(t: torch.Tensor, place: _Place) -> torch.Tensor:

@@ -126,6 +126,23 @@ def test_memory_of_earlier_calls_is_given_back() -> None:
     assert alive() is None
 
 
+def test_a_tensor_with_other_memory_or_in_another_role_is_seen_anew() -> None:
+    def views(t: Call) -> None:
+        replay.call(kernel, t.x[1:], t.scratch[2:])
+
+    def fresh() -> torch.Tensor:
+        return torch.zeros(4, 8)
+
+    again = replay.replayed(views, Call(fresh(), None, fresh()))
+    assert again is not views
+    a, b = fresh(), fresh()
+    for t in (Call(a, None, b), Call(b, None, a), Call(a, None, b)):
+        assert same(tuple(launched(again, t)), tuple(launched(views, t)))
+    a.data = fresh()
+    t = Call(a, None, b)
+    assert same(tuple(launched(again, t)), tuple(launched(views, t)))
+
+
 def test_recorded_tensors_are_not_kept() -> None:
     t = call_of(16)
     again = replay.replayed(run, t)
