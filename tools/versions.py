@@ -30,6 +30,8 @@ SETS = {
     "newest": {"torch": "", "triton": "", "nvidia-cutlass-dsl": ""},
 }
 NEIGHBOURS = ("vllm", "sglang")
+# one thread of torch for each worker of pytest
+AS_CI = {"CI": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TESTS = ("-q", "-m", "not gpu", "-p", "no:cacheprovider", "tests")
 DSL = ("nvidia-cutlass-dsl", *(f"nvidia-cutlass-dsl-libs-{n}" for n in ("base", "core", "cu13")))
 COMPILE_TESTS = (*TESTS[:-1], "tests/compile")
@@ -78,7 +80,7 @@ def tested(versions: dict[str, str], folder: Path, index: str | None, tests: lis
         [python, "-m", "pytest", *tests],
     )
     for step in steps:
-        code = subprocess.run(step, cwd=ROOT, env={**os.environ, "CI": "1"}).returncode
+        code = subprocess.run(step, cwd=ROOT, env={**os.environ, **AS_CI}).returncode
         if code:
             return code
     return 0

@@ -53,8 +53,10 @@ _ELECTS = "bulk copies elect a lane themselves there, and kernels that do so too
 
 MATRIX = (
     Requirement("python", "3.10", tested=("3.11", "3.12")),
-    Requirement("torch", "2.10", tested=("2.11.0", "2.13.0")),
-    Requirement("triton", "3.6", tested=("3.6.0", "3.9.0"), optional="the reference back ends"),
+    Requirement("torch", "2.10", tested=("2.11.0", "2.13.0", "2.14.1")),
+    Requirement(
+        "triton", "3.6", tested=("3.6.0", "3.8.0", "3.9.0"), optional="the reference back ends"
+    ),
     Requirement(
         "nvidia-cutlass-dsl",
         "4.7",

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from tests.compile.harness import SMEM_LIMIT, Ref, compile_kernel
 from tests.compile.moe_specs import EAGER, Case
 
-NEWER = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 8)
+NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 FORMATS = (
     ("mxfp4", 32, "bf16"),
@@ -78,7 +78,7 @@ def build(case: Case):
 )
 def test_no_spills_and_tensor_cores(case):
     c = build(case)
-    # Triton 3.9 keeps more addresses: some spill, most in the largest tile
+    # Triton 3.8 and 3.9 keep more addresses: some spill, most in the largest tile of 3.9
     spilled = (160 if case.config.block_m == 128 else 16) if NEWER else 0
     assert c.local_bytes <= spilled
     assert c.shared <= SMEM_LIMIT[case.arch]
