@@ -43,10 +43,7 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
 def sorted_rows(problem: Problem, config: MoEConfig, t: MoETensors) -> dict[str, torch.Tensor]:
     """Parts of the workspace by name, after the launch that sorts the slots into them."""
     plan = layout_of(problem)
-    buffer = t.workspace
-    if buffer is None:
-        buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=t.x.device)
-    w = plan.views(buffer)
+    w = plan.views(t.scratch(plan.nbytes))
     rows = (w["sorted_slots"], w["expert_start"], w["tiles"], w["tile_count"])
     # y is free until FC2
     sort.sort(t.ids, problem.experts, problem.expert_offset, config.block_m, rows, w["y"])

@@ -79,7 +79,7 @@ def configure(problem: Problem, device: Device) -> Config:
     """
     p = problem
     tile = 4 if p.T <= 4 or p.dtype == "float32" else 8
-    # two warps are 1 to 6 % faster, but where many float32 states are written
+    # to 6 % faster than four, but where many float32 states are written (H200, 2026-11-30)
     most = 2 if p.layout == "vk" and (p.state != "float32" or not p.snapshots or p.B <= 2) else 4
     warps = next((w for w in (4, 2, 1) if w <= most and p.DV % (16 * w) == 0), most)
     blocks = 0

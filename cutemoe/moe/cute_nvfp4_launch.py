@@ -68,10 +68,7 @@ def run(problem: Problem, config: Nvfp4Config, t: MoETensors) -> None:
         if weight.data.data_ptr() % 16:
             raise Unsupported(f"{name}: back end 'cute_nvfp4' takes codes aligned to 16 bytes")
     plan = _layout(problem)
-    buffer = t.workspace
-    if buffer is None:
-        buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=t.x.device)
-    w = plan.views(buffer)
+    w = plan.views(t.scratch(plan.nbytes))
     if config.style == "pipeline":
         _pipeline(problem, complete(config, t), t, w)
     else:

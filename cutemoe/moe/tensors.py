@@ -55,12 +55,15 @@ class MoETensors:
             self.input_scale2, *[p if isinstance(p, torch.Tensor) else None for p in params],
         ]  # fmt: skip
 
+    def scratch(self, nbytes: int) -> torch.Tensor:
+        """The workspace, or that much memory where none was given."""
+        if self.workspace is not None:
+            return self.workspace
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.x.device)
+
     def with_workspace(self, nbytes: int) -> MoETensors:
         """The same, with scratch memory of its own where none was given."""
-        if self.workspace is not None:
-            return self
-        empty = torch.empty(nbytes, dtype=torch.uint8, device=self.x.device)
-        return replace(self, workspace=empty)
+        return self if self.workspace is not None else replace(self, workspace=self.scratch(nbytes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,6 +95,15 @@ def layer(backend: str, activations: str, tokens: int = 40) -> Callable[[int], C
     return of
 
 
+def eager(seed: int) -> Callable[[], Any]:
+    """A dense layer that rounds as torch's operators do, as transformers calls it."""
+    moe = random_layer("bf16", "bf16", E=6, H=128, I=128, seed=seed).prepared()
+    x, logits = draw.normal((40, 128), seed, torch.bfloat16), draw.normal((40, 6), seed)
+    ids, weights, out = logits.topk(2).indices, torch.rand(40, 2).bfloat16(), torch.empty_like(x)
+    more = {"workspace": cutemoe.Workspace.for_moe(moe, 40, 2), "backend": "triton"}
+    return lambda: cutemoe.fused_moe(x, moe, ids, weights, rounding="eager", out=out, **more)
+
+
 def groups(backend: str) -> Callable[[int], Callable[[], Any]]:
     """A grouped GEMM."""
 
@@ -115,7 +124,13 @@ def heads(more: str) -> Callable[[int], Callable[[], Any]]:
         case = Case(B=3, T=2, seed=seed, index=torch.int32)
         call, function = case.call(), cutemoe.gdn_decode
         call |= {"out": torch.empty_like(call["v"]), "backend": "triton"}
-        if more == "verify":
+        if more == "eager":
+            shape = (1, 2, 128, 128)
+            case = Case(B=3, T=1, shape=shape, dtype=torch.bfloat16, layout="kv", raw=False,
+                        seed=seed, index=torch.int32)  # fmt: skip
+            call = case.call()
+            call |= {"out": torch.empty_like(call["v"]), "rounding": "eager", "backend": "triton"}
+        elif more == "verify":
             function = cutemoe.gdn_verify
             call |= {"draft": case.draft(4, "cpu"), "num_accepted": torch.zeros(3).int()}
         elif more == "snapshots":
@@ -131,9 +146,13 @@ CASES: dict[str, Callable[[int], Callable[[], Any]]] = {
     **{f"layer {b} {a}": layer(b, a) for b in ("cute", "triton") for a in ("bf16", "fp16", "fp8")},
     "layer triton nvfp4": layer("triton", "nvfp4"),
     "layer of many rows": layer("triton", "bf16", 1200),
+    "layer eager": eager,
     "groups cute": groups("cute"),
     "groups triton": groups("triton"),
-    **{f"heads {m}": heads(m) for m in ("", "snapshots", "verify", "the same tensor twice")},
+    **{
+        f"heads {m}": heads(m)
+        for m in ("", "snapshots", "verify", "eager", "the same tensor twice")
+    },
 }
 
 

@@ -17,11 +17,13 @@ CASES = (
     *(f"layer {b} {a}" for b in ("cute", "triton") for a in ("bf16", "fp16", "fp8")),
     "layer triton nvfp4",
     "layer of many rows",
+    "layer eager",
     "groups cute",
     "groups triton",
     "heads ",
     "heads snapshots",
     "heads verify",
+    "heads eager",
 )
 
 
