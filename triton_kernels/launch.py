@@ -117,6 +117,7 @@ class Loaded:
     Attributes:
         pack: writes the size of the parameters and the parameters.
         order: takes the parameters out of the addresses and the other arguments behind them.
+        offsets: of every parameter, where it lies and which of these arguments it is.
         size, scratch: bytes of the parameters, and the null pointers behind them.
         pdl: launched before the kernel before it is done.
     """
@@ -126,6 +127,7 @@ class Loaded:
     shared: int
     pack: Any
     order: Callable[[Any], tuple[Any, ...]]
+    offsets: tuple[tuple[int, int], ...]
     size: int
     scratch: tuple[int, ...]
     pdl: bool
@@ -136,6 +138,17 @@ class Loaded:
         driver.launch(
             self.function, grid, self.threads, self.shared, index, self.pack, values, self.pdl
         )
+
+    def launch(
+        self, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], arguments: Sequence[Any]
+    ) -> driver.Launch:
+        """What `start` would launch."""
+        words = bytearray(8 + self.size)
+        self.pack(words, 0, self.size, *self.order(arguments), *self.scratch)
+        sizes = (*(*grid, 1, 1)[:3], self.threads, 1, 1, self.shared)
+        addresses = tuple((o, (tensors[i],)) for o, i in self.offsets if i < len(tensors))
+        early = (driver.EARLY,) if self.pdl else ()
+        return driver.Launch(self.function, sizes, bytes(words[8:]), addresses, early)
 
 
 class Entry:
@@ -180,8 +193,9 @@ class Entry:
             found = self._find(key, shape, args, constants, machine)
         if found is None:
             return
-        if not replay.noted(lambda: _noted(found, grid, index, tensors, others)):
-            found.start(grid, index, (*addresses, *others))
+        given = (*addresses, *others)
+        if not replay.noted(lambda: found.launch(grid, tensors, given)):
+            found.start(grid, index, given)
 
     def _find(
         self,
@@ -204,19 +218,6 @@ class Entry:
             self._known.clear()
         self._known[key] = self._made[whole]
         return self._made[whole]
-
-
-def _noted(
-    kernel: Loaded,
-    grid: tuple[int, ...],
-    index: Any,
-    tensors: tuple[torch.Tensor, ...],
-    others: tuple[Any, ...],
-) -> replay.Launch:
-    """A launch to be made with other addresses."""
-    return replay.Launch(
-        tensors, lambda addresses: kernel.start(grid, index, (*addresses, *others)), by_address=True
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,12 +365,16 @@ def _load(made: Any, call: Call, shape: _Shape, index: int) -> Loaded:
     layout = struct.Struct("@N" + m["letters"] + "P" * m["scratch"])
     passed = [t != "constexpr" for t in _leaves(tuple(call.signature.values()))]
     order = [shape.places.index(i) for i in range(len(shape.places)) if passed[i]]
+    letters = m["letters"]
+    # 0 of a letter aligns what is before it
+    ends = [struct.calcsize(f"@N{letters[:i]}0{x}") for i, x in enumerate(letters)]
     return Loaded(
         function=driver.load(made.data, m["name"], m["shared"], index),
         threads=m["threads"],
         shared=m["shared"],
         pack=layout.pack_into,
         order=_picker(order),
+        offsets=tuple((end - struct.calcsize("@N"), x) for end, x in zip(ends, order, strict=True)),
         size=layout.size - struct.calcsize("@N"),
         scratch=(0,) * m["scratch"],
         pdl=call.options.get("launch_pdl", False),

@@ -11,9 +11,9 @@ from cutemoe.errors import InvalidCall, invalid
 from cutemoe.gdn import op, plan
 from cutemoe.gdn.draft import GDNDraft
 from cutemoe.gdn.problem import Problem, pack_gates
-from cutemoe.gdn.tensors import DraftTensors, GDNTensors
 from cutemoe.runtime.op import Op
 from cutemoe.runtime.recall import Recall
+from cutemoe.runtime.replay import Again
 
 FOLDS = ("auto", "always")
 _DECODED, _VERIFIED = Recall(), Recall()
@@ -82,8 +82,7 @@ def gdn_decode(
         Unsupported: the named back end cannot run the call.
     """
     gates: tuple[Any, ...] = (a, b, A_log, dt_bias) if g is None else (g, beta)
-    optional = (state_indices, intermediate_states, intermediate_indices, out)
-    words, tensors = (), ()
+    words, tensors = (), []
     recalls = not torch.compiler.is_compiling()
     if recalls:
         words = (
@@ -92,13 +91,10 @@ def gdn_decode(
             state_indices is None, intermediate_states is None, intermediate_indices is None,
             out is None,
         )  # fmt: skip
-        tensors = (q, k, v, *gates, state, *[x for x in optional if x is not None])
-        if launch := _DECODED.find(words, tensors):
-            out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
-            factor = q.shape[3] ** -0.5 if scale is None else scale
-            launch(GDNTensors(q, k, v, gates, state, out, factor, *optional[:2], None, None,
-                              intermediate_indices))  # fmt: skip
-            return out
+        optional = (state_indices, intermediate_states, intermediate_indices, out)
+        tensors = [q, k, v, *gates, state, *[x for x in optional if x is not None]]
+        if found := _DECODED.find(words, tensors):
+            return _again(*found, tensors, v, out)
     call = _decode_call(
         q, k, v, state=state, a=a, b=b, A_log=A_log, dt_bias=dt_bias, g=g, beta=beta,
         state_indices=state_indices, scale=scale, qk_l2norm=qk_l2norm, update_state=update_state,
@@ -107,8 +103,25 @@ def gdn_decode(
     )  # fmt: skip
     op.decode(*call)
     if recalls:
-        _DECODED.keep(words, tensors, partial(op.bind_decode, *call))
+        roles = tensors if out is not None else [*tensors, call[7]]
+        _DECODED.keep(words, tensors, partial(op.bind_decode, roles, *call))
     return call[7]
+
+
+def _again(
+    launch: Again,
+    addresses: list[int],
+    tensors: list[torch.Tensor],
+    v: torch.Tensor,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Makes a call that is known; returns out."""
+    if out is None:
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        tensors.append(out)
+        addresses.append(out.data_ptr())
+    launch(tensors, addresses)
+    return out
 
 
 def gdn_verify(
@@ -160,7 +173,7 @@ def gdn_verify(
         Unsupported: the named back end cannot run the call.
     """
     gates: tuple[Any, ...] = (a, b, A_log, dt_bias) if g is None else (g, beta)
-    words, tensors = (), ()
+    words, tensors = (), []
     recalls = not torch.compiler.is_compiling() and isinstance(draft, GDNDraft)
     if recalls:
         words = (
@@ -168,13 +181,9 @@ def gdn_verify(
             state_layout, fold, backend, len(gates), state_indices is None, out is None,
         )  # fmt: skip
         optional = [x for x in (state_indices, out) if x is not None]
-        tensors = (q, k, v, *gates, state, num_accepted, *draft.tensors, *optional)
-        if launch := _VERIFIED.find(words, tensors):
-            out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
-            factor = q.shape[3] ** -0.5 if scale is None else scale
-            launch(GDNTensors(q, k, v, gates, state, out, factor, state_indices, None,
-                              DraftTensors(*draft.tensors), num_accepted))  # fmt: skip
-            return out
+        tensors = [q, k, v, *gates, state, num_accepted, *draft.tensors, *optional]
+        if found := _VERIFIED.find(words, tensors):
+            return _again(*found, tensors, v, out)
     call = _verify_call(
         q, k, v, state=state, draft=draft, num_accepted=num_accepted, a=a, b=b, A_log=A_log,
         dt_bias=dt_bias, g=g, beta=beta, state_indices=state_indices, scale=scale,
@@ -182,7 +191,8 @@ def gdn_verify(
     )  # fmt: skip
     op.verify(*call)
     if recalls:
-        _VERIFIED.keep(words, tensors, partial(op.bind_verify, *call))
+        roles = tensors if out is not None else [*tensors, call[12]]
+        _VERIFIED.keep(words, tensors, partial(op.bind_verify, roles, *call))
     return call[12]
 
 

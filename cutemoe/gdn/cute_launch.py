@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,6 +13,7 @@ from cutemoe.gdn.cute_build import build
 from cutemoe.gdn.cute_plan import Config
 from cutemoe.gdn.problem import Problem
 from cutemoe.gdn.tensors import GDNTensors
+from cutemoe.runtime import replay
 from cutemoe.runtime.compile import compiled
 
 kernel = compiled(build)
@@ -34,32 +34,19 @@ def run(problem: Problem, config: Config, x: GDNTensors) -> None:
         Unsupported: the tokens of one sequence or the rows of one head lie 2^31 elements apart.
         InvalidCall: the kernel is not compiled yet and a CUDA graph is being captured.
     """
-    bind(problem, config, x)(x)
-
-
-def bind(problem: Problem, config: Config, x: GDNTensors) -> Callable[[GDNTensors], None]:
-    """The launch for tensors like x, as `run` makes it."""
     if problem.B == 0 or (problem.T == 0 and x.draft is None):
-        return _nothing
+        return
     _check_reach(x)
-    launch = kernel(complete(config, x))
     group = problem.HV // problem.HQ
     magic = -(-65536 // group)
-
-    def call(x: GDNTensors) -> None:
-        snapshots = x.intermediate_states
-        if x.intermediate_indices is not None:
-            snapshots = x.intermediate_indices
-        launch(
-            (x.q, x.k, x.v, x.out), x.gates, x.state, x.state_indices, snapshots,
-            None if x.draft is None else tuple(x.draft), x.num_accepted, x.scale, group, magic,
-        )  # fmt: skip
-
-    return call
-
-
-def _nothing(x: GDNTensors) -> None:
-    """The launch of no tokens."""
+    snapshots = x.intermediate_states
+    if x.intermediate_indices is not None:
+        snapshots = x.intermediate_indices
+    replay.call(
+        kernel(complete(config, x)), (x.q, x.k, x.v, x.out), x.gates, x.state, x.state_indices,
+        snapshots, None if x.draft is None else tuple(x.draft), x.num_accepted, x.scale, group,
+        magic,
+    )  # fmt: skip
 
 
 def complete(config: Config, x: GDNTensors) -> Config:

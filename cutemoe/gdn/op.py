@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from cutemoe.gdn import plan
@@ -12,6 +10,7 @@ from cutemoe.gdn.tensors import DraftTensors, GDNTensors
 from cutemoe.runtime.backend import Backend, choose
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import define
+from cutemoe.runtime.replay import Again
 
 DECODE_SCHEMA = (
     "gdn_decode(Tensor q, Tensor k, Tensor v, Tensor[] gates, Tensor(a!) state, "
@@ -59,10 +58,10 @@ def _decode(*call) -> None:
     chosen.run(problem, device, x)
 
 
-def bind_decode(*call) -> Callable[[GDNTensors], None]:
-    """The launch of calls that differ from this one by addresses alone."""
+def bind_decode(roles: list[torch.Tensor], *call) -> Again | None:
+    """What makes calls that differ from this one by the tensors in these roles alone."""
     chosen, problem, device, x = _prepared_decode(*call)
-    return chosen.bound(problem, device, x)
+    return chosen.again(problem, device, x, roles)
 
 
 def _decode_fake(*args) -> None:
@@ -94,10 +93,10 @@ def _verify(*call) -> None:
     chosen.run(problem, device, x)
 
 
-def bind_verify(*call) -> Callable[[GDNTensors], None]:
-    """The launch of calls that differ from this one by addresses alone."""
+def bind_verify(roles: list[torch.Tensor], *call) -> Again | None:
+    """What makes calls that differ from this one by the tensors in these roles alone."""
     chosen, problem, device, x = _prepared_verify(*call)
-    return chosen.bound(problem, device, x)
+    return chosen.again(problem, device, x, roles)
 
 
 def _verify_fake(*args) -> None:

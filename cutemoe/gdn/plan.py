@@ -87,7 +87,7 @@ def _power_of_2(n: int) -> int:
 
 CUTE = Backend(
     "cute", "cutemoe.gdn.cute_launch:run", cute_unavailable, cute_plan.refuse, cute_plan.configure,
-    bind="cutemoe.gdn.cute_launch:bind",
+    replays=True,
 )  # fmt: skip
 DECODE = (
     CUTE,

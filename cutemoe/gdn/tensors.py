@@ -45,14 +45,6 @@ class GDNTensors(NamedTuple):
     num_accepted: torch.Tensor | None = None
     intermediate_indices: torch.Tensor | None = None
 
-    def roles(self) -> list[torch.Tensor | None]:
-        """Every tensor, in one order."""
-        optional = (self.state_indices, self.intermediate_states, self.num_accepted)
-        return [
-            self.q, self.k, self.v, *self.gates, self.state, self.out, *optional,
-            self.intermediate_indices, *(self.draft or ()),
-        ]  # fmt: skip
-
     def opened(self) -> tuple[DraftTensors, torch.Tensor]:
         """draft and num_accepted of a verify call."""
         if self.draft is None or self.num_accepted is None:

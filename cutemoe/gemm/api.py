@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,13 @@ from cutemoe.formats import QuantizedTensor
 from cutemoe.gemm.plan import BACKENDS
 from cutemoe.gemm.prepare import PreparedGroupedGemm, prepare_grouped_gemm
 from cutemoe.gemm.problem import ACTIVATIONS, OUTPUTS, GemmProblem
-from cutemoe.gemm.tensors import GemmTensors
+from cutemoe.gemm.tensors import GemmTensors, tile_bytes
 from cutemoe.gemm.weight import PackedWeight
 from cutemoe.runtime.backend import Backend, choose
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import Op, define
 from cutemoe.runtime.recall import Recall
+from cutemoe.runtime.replay import Again, with_scratch
 
 __all__ = ["GROUPED_GEMM", "PreparedGroupedGemm", "grouped_gemm", "prepare_grouped_gemm"]
 
@@ -59,21 +60,51 @@ def grouped_gemm(
     >>> grouped_gemm(x, w, torch.tensor([0, 1, 3], dtype=torch.int32)).tolist()
     [[4.0], [8.0], [8.0]]
     """
-    t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
-    parts = (t.x, t.offsets, t.x_scale, t.out, t.w.data, t.w.scale, t.w.factor)
-    form = (t.w.format, t.w.layout, t.w.group_size)
-    call = (*parts, *form, list(t.w.shape), requested)
-    if torch.compiler.is_compiling():
-        _grouped_gemm(*call)
-        return t.out
-    words = (t.x.shape, t.w.shape, *form, requested, *[p is None for p in parts])
-    tensors = [p for p in parts if p is not None]
-    if launch := _KNOWN.find(words, tensors):
-        launch(t)
+    weight, t = None, None
+    if type(w) is PreparedGroupedGemm:
+        weight, asked = w.weight, (w.activations, w.backend, backend)
     else:
-        _grouped_gemm(*call)
-        _KNOWN.keep(words, tensors, partial(_bind, *call))
+        t, asked = _tensors(x, w, group_offsets, x_scale, out, backend)
+        weight, out = t.w, t.out
+    own, weights = weight.signature
+    words = (getattr(x, "shape", None), own, asked, type(backend), x_scale is None, out is None)
+    tensors = [x, group_offsets, *weights, *[p for p in (x_scale, out) if p is not None]]
+    recalls = not torch.compiler.is_compiling()
+    if recalls and (found := _KNOWN.find(words, tensors)):
+        return _again(*found, tensors, weight.shape[1], x, out)
+    if t is None:
+        t, asked = _tensors(x, w, group_offsets, x_scale, out, backend)
+    form = (t.w.format, t.w.layout, t.w.group_size)
+    parts = (t.x, t.offsets, t.x_scale, t.out, t.w.data, t.w.scale, t.w.factor)
+    call = (*parts, *form, list(t.w.shape), asked)
+    _grouped_gemm(*call)
+    if recalls:
+        roles = tensors if out is not None else [*tensors, t.out]
+        _KNOWN.keep(words, tensors, partial(_bind, roles, *call))
     return t.out
+
+
+def _again(
+    launch: Again,
+    addresses: list[int],
+    tensors: list[torch.Tensor],
+    n: int,
+    x: torch.Tensor,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Makes a call that is known; returns out."""
+    if out is None:
+        out = _out(x, n)
+        tensors.append(out)
+        addresses.append(out.data_ptr())
+    launch(tensors, addresses)
+    return out
+
+
+def _out(x: torch.Tensor, n: int) -> torch.Tensor:
+    """What is written where no out is given."""
+    dtype = x.dtype if x.dtype in OUTPUTS else torch.bfloat16
+    return torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
 
 
 def _tensors(
@@ -101,8 +132,7 @@ def _tensors(
     if out is None:
         if x.ndim != 2:
             raise invalid("x", f"shape [rows, {packed.shape[2]}]", list(x.shape))
-        dtype = x.dtype if x.dtype in OUTPUTS else torch.bfloat16
-        out = torch.empty(x.shape[0], packed.shape[1], dtype=dtype, device=x.device)
+        out = _out(x, packed.shape[1])
     return GemmTensors(x, packed, group_offsets, x_scale, out), backend
 
 
@@ -148,17 +178,17 @@ def _run(*args: Any) -> None:
         chosen.run(problem, device, t)
 
 
-def _bind(*args: Any) -> Callable[[GemmTensors], None] | None:
-    """The launch of calls that differ from this one by addresses alone; None of no rows."""
+def _bind(roles: list[torch.Tensor], *args: Any) -> Again | None:
+    """What makes calls that differ from this one by the tensors in these roles alone; None of no
+    rows."""
     chosen, problem, device, t = _prepared(*args)
     if not problem.rows:
         return None
-    if not chosen.replays:
-        return chosen.bound(problem, device, t)
     # a recorded launch takes its scratch memory from the call; no tile has fewer than 8 rows
-    most = min(problem.groups + 1, problem.rows) + problem.rows // 8
-    launch = chosen.bound(problem, device, t.with_scratch(most))
-    return lambda t: launch(t.with_scratch(most))
+    nbytes = tile_bytes(min(problem.groups + 1, problem.rows) + problem.rows // 8)
+    scratch = torch.empty(nbytes, dtype=torch.uint8, device=t.x.device)
+    again = chosen.again(problem, device, replace(t, scratch=scratch), [*roles, scratch])
+    return with_scratch(again, nbytes, t.x.device)
 
 
 def _fake(*args: Any) -> None:

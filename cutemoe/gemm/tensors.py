@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from cutemoe.gemm.weight import PackedWeight
+
+# the list of tiles starts 256 bytes behind their number
+_FIRST = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +22,7 @@ class GemmTensors:
         offsets: int32 [G+1] contiguous; group g owns rows offsets[g] to offsets[g+1].
         x_scale: float32, [] or [R] contiguous; None is 1.
         out: [R, N] bf16 or fp16, last dimension contiguous.
-        scratch: int32 [1] and [.., 3] for the number of tiles and as many tiles as there may be,
-            or None.
+        scratch: uint8 [tile_bytes(..)] for the list of tiles, or None.
     """
 
     x: torch.Tensor
@@ -29,21 +30,17 @@ class GemmTensors:
     offsets: torch.Tensor
     x_scale: torch.Tensor | None
     out: torch.Tensor
-    scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+    scratch: torch.Tensor | None = None
 
     def tiles(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scratch memory for the number of tiles and for that many tiles."""
-        if self.scratch is not None:
-            return self.scratch
-        kind: dict[str, Any] = {"dtype": torch.int32, "device": self.x.device}
-        return torch.empty(1, **kind), torch.empty(most, 3, **kind)
+        """Memory for the number of tiles, int32 [1], and for at most so many, int32 [most, 3]."""
+        scratch = self.scratch
+        if scratch is None:
+            scratch = torch.empty(tile_bytes(most), dtype=torch.uint8, device=self.x.device)
+        words = scratch.view(torch.int32)
+        return words[:1], words[_FIRST : _FIRST + 3 * most].view(most, 3)
 
-    def with_scratch(self, most: int) -> GemmTensors:
-        """The same, with scratch memory of its own."""
-        return replace(self, scratch=self.tiles(most))
 
-    def roles(self) -> list[torch.Tensor | None]:
-        """Every tensor, in one order."""
-        w = self.w
-        fixed = (self.x, self.offsets, self.x_scale, self.out, w.data, w.scale, w.factor)
-        return [*fixed, *(self.scratch or ())]
+def tile_bytes(most: int) -> int:
+    """Scratch memory for at most so many tiles."""
+    return 4 * (_FIRST + 3 * most)

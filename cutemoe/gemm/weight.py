@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -83,6 +84,14 @@ class PackedWeight:
             raise invalid(argument, "bfloat16 or float16 values", w.dtype, fix)
         data = w.detach().to(device or w.device).contiguous()
         return PackedWeight(data, None, None, DENSE[w.dtype], "rows", None, shape)
+
+    @cached_property
+    def signature(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
+        """What is no tensor of it, and its tensors, for `runtime.recall`."""
+        words = (self.format, self.layout, self.group_size, self.shape, self.order)
+        parts = (self.data, self.scale, self.factor)
+        absent = [p is None for p in parts]
+        return (*words, *absent), [p for p in parts if p is not None]
 
     @property
     def device(self) -> torch.device:

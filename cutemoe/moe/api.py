@@ -22,7 +22,7 @@ from cutemoe.runtime.recall import Recall
 
 __all__ = ["FUSED_MOE", "ROUTE", "fused_moe", "prepare_moe", "route"]
 
-_KNOWN = Recall()
+_KNOWN, _ROUTED = Recall(), Recall()
 
 
 def route(
@@ -68,10 +68,25 @@ def route(
     >>> ids.tolist(), weights.tolist()
     ([[1, 3]], [[0.5, 0.5]])
     """
+    words, tensors = (), []
+    if not torch.compiler.is_compiling():
+        words = (
+            getattr(logits, "shape", None), top_k, type(top_k), method, renormalize,
+            type(renormalize), n_group, topk_group, type(n_group), type(topk_group), scale,
+            type(scale), backend, bias is None,
+        )  # fmt: skip
+        tensors = [logits] if bias is None else [logits, bias]
+        if found := _ROUTED.find(words, tensors):
+            launch, addresses = found
+            ids, weights = operator.route_results(logits, top_k)
+            launch([*tensors, ids, weights], [*addresses, ids.data_ptr(), weights.data_ptr()])
+            return ids, weights
     _check_route(logits, top_k, method, renormalize, bias, n_group, topk_group, scale, backend)
-    return operator.route(
-        logits, bias, top_k, method, renormalize, n_group, topk_group, float(scale), backend
-    )
+    call = (logits, bias, top_k, method, renormalize, n_group, topk_group, float(scale), backend)
+    results = operator.route(*call)
+    if words:
+        _ROUTED.keep(words, tensors, partial(operator.bind_route, tensors, *call))
+    return results
 
 
 def _check_route(
@@ -185,20 +200,49 @@ def fused_moe(
     >>> y[:, 0].tolist()  # (sum of 16 ones)^2, once with both experts, once with one
     [256.0, 128.0]
     """
+    words: tuple[Any, ...] = ()
+    tensors: list[Any] = []
+    if type(moe) is PreparedMoE and not torch.compiler.is_compiling():
+        numbers, params = _signature(activation)
+        own, weights_ = moe.signature
+        words = (
+            getattr(x, "shape", None), own, type(activation), *numbers, *map(type, numbers),
+            expert_offset, type(expert_offset), deterministic, type(deterministic), rounding,
+            backend, out is None, workspace is None,
+        )  # fmt: skip
+        tensors = [x, ids, weights, *weights_, *params]
+        if out is not None:
+            tensors.append(out)
+        if workspace is not None:
+            tensors.append(getattr(workspace, "buffer", None))
+        if found := _KNOWN.find(words, tensors):
+            launch, addresses = found
+            if out is None:
+                out = torch.empty_like(x, memory_format=torch.contiguous_format)
+                tensors.append(out)
+                addresses.append(out.data_ptr())
+            launch(tensors, addresses)
+            return out
     _check_options(expert_offset, deterministic, rounding, backend)
     t, requested = _tensors(x, moe, ids, weights, activation, out, workspace, backend)
     options = (expert_offset, deterministic, rounding, requested)
     call = (*operator.operands(t, moe), kind(activation), *options)
-    if torch.compiler.is_compiling():
-        operator.fused_moe(*call)
-        return t.out
-    words, tensors = operator.signature(call)
-    if launch := _KNOWN.find(words, tensors):
-        launch(t)
-    else:
-        operator.fused_moe(*call)
-        _KNOWN.keep(words, tensors, partial(operator.bind, *call))
+    operator.fused_moe(*call)
+    if words:
+        roles = tensors if out is not None else [*tensors, t.out]
+        _KNOWN.keep(words, tensors, partial(operator.bind, roles, *call))
     return t.out
+
+
+def _signature(activation: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """What is no tensor of an activation, and its tensors, for `runtime.recall`."""
+    if type(activation) is not SwiGLU:
+        return (activation,), []
+    params = (activation.alpha, activation.beta, activation.limit)
+    tensors = [p for p in params if isinstance(p, torch.Tensor)]
+    if not tensors:
+        return params, tensors
+    return tuple(torch.Tensor if isinstance(p, torch.Tensor) else p for p in params), tensors
 
 
 def _check_options(expert_offset: Any, deterministic: Any, rounding: Any, backend: Any) -> None:

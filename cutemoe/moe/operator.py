@@ -6,7 +6,7 @@ tensors and plain values only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from cutemoe.moe.workspace import layout_of
 from cutemoe.runtime.backend import Backend, choose
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import define
+from cutemoe.runtime.replay import Again, with_scratch
 
 
 def route_call(
@@ -45,10 +46,14 @@ def route_call(
         topk_group=topk_group,
         scale=scale,
     )
-    shape = (problem.tokens, top_k)
+    return problem, RouteTensors(logits, bias, *route_results(logits, top_k))
+
+
+def route_results(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """New memory for ids and weights."""
+    shape = (logits.shape[0], top_k)
     ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    return problem, RouteTensors(logits, bias, ids, weights)
+    return ids, torch.empty(shape, dtype=torch.float32, device=logits.device)
 
 
 def _run_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +64,18 @@ def _run_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if problem.tokens:
         chosen.run(problem, device, t)
     return t.ids, t.weights
+
+
+def bind_route(tensors: list[torch.Tensor], *args: Any) -> Again | None:
+    """What makes calls that differ from this one by these tensors alone, which ids and weights
+    follow; None of no tokens."""
+    *call, backend = args
+    problem, t = route_call(*call)
+    if not problem.tokens:
+        return None
+    device = Device.of(t.logits.device)
+    chosen = choose("route", ROUTE_BACKENDS, problem, device, backend)
+    return chosen.again(problem, device, t, [*tensors, t.ids, t.weights])
 
 
 def _fake_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,17 +162,6 @@ def _call(
     return problem, t
 
 
-def signature(call: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
-    """What `runtime.recall` compares of a call: words and tensors."""
-    x, ids, weights, out, workspace, parts, shape, *words = call
-    tensors = [x, ids, weights, out, *[p for p in parts if p is not None]]
-    if workspace is not None:
-        tensors.append(workspace)
-    absent = [p is None for p in parts]
-    # a batch of tokens at a time; 1, 1.0 and True are one key of a dict
-    return (x.shape, *shape, *words, *map(type, words), workspace is None, *absent), tensors
-
-
 def _prepared(*args: Any) -> tuple[Backend, Problem, Device, MoETensors]:
     """The back end of a call, and what it takes."""
     *call, backend = args
@@ -170,17 +176,19 @@ def _run(*args: Any) -> None:
         chosen.run(problem, device, t)
 
 
-def bind(*args: Any) -> Callable[[MoETensors], None] | None:
-    """The launch of calls that differ from this one by addresses alone; None of no tokens."""
+def bind(roles: list[torch.Tensor], *args: Any) -> Again | None:
+    """What makes calls that differ from this one by the tensors in these roles alone; None of no
+    tokens."""
     chosen, problem, device, t = _prepared(*args)
     if not problem.tokens:
         return None
-    if not chosen.replays:
-        return chosen.bound(problem, device, t)
+    if t.workspace is not None or not chosen.replays:
+        return chosen.again(problem, device, t, roles)
     # a recorded launch takes its scratch memory from the call
     nbytes = layout_of(problem).nbytes
-    launch = chosen.bound(problem, device, t.with_workspace(nbytes))
-    return lambda t: launch(t.with_workspace(nbytes))
+    scratch = t.scratch(nbytes)
+    again = chosen.again(problem, device, replace(t, workspace=scratch), [*roles, scratch])
+    return with_scratch(again, nbytes, t.x.device)
 
 
 def _fake(*args: Any) -> None:

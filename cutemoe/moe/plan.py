@@ -229,6 +229,7 @@ ROUTE_BACKENDS = (
         triton_unavailable,
         refuse_route,
         configure_route,
+        replays=True,
     ),
     Backend("reference", "cutemoe.moe.routing:run", never, never),
 )

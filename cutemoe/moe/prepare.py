@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -18,7 +19,7 @@ Scale = float | torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class PreparedMoE:
-    """The weights of E local experts, ready for `fused_moe`; immutable, without caches.
+    """The weights of E local experts, ready for `fused_moe`; immutable.
 
     Attributes:
         w13, w2: packed weights [E, 2I, H] (ungated [E, I, H]) and [E, H, I].
@@ -37,6 +38,15 @@ class PreparedMoE:
     activations: str
     gate_up: str
     backend: str
+
+    @cached_property
+    def signature(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
+        """What is no tensor of it, and its tensors, for `runtime.recall`."""
+        (words13, tensors13), (words2, tensors2) = self.w13.signature, self.w2.signature
+        small = (self.b13, self.b2, self.input_scale1, self.input_scale2)
+        absent = [t is None for t in small]
+        words = (words13, words2, self.activations, self.gate_up, self.backend, *absent)
+        return words, [*tensors13, *tensors2, *[t for t in small if t is not None]]
 
     @property
     def experts(self) -> int:

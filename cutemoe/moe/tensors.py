@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -45,25 +45,11 @@ class MoETensors:
     limit: float | torch.Tensor | None
     workspace: torch.Tensor | None
 
-    def roles(self) -> list[torch.Tensor | None]:
-        """Every tensor, in one order."""
-        w13, w2 = self.w13, self.w2
-        params = (self.alpha, self.beta, self.limit)
-        return [
-            self.x, self.ids, self.weights, self.out, self.workspace, w13.data, w13.scale,
-            w13.factor, w2.data, w2.scale, w2.factor, self.b13, self.b2, self.input_scale1,
-            self.input_scale2, *[p if isinstance(p, torch.Tensor) else None for p in params],
-        ]  # fmt: skip
-
     def scratch(self, nbytes: int) -> torch.Tensor:
         """The workspace, or that much memory where none was given."""
         if self.workspace is not None:
             return self.workspace
         return torch.empty(nbytes, dtype=torch.uint8, device=self.x.device)
-
-    def with_workspace(self, nbytes: int) -> MoETensors:
-        """The same, with scratch memory of its own where none was given."""
-        return self if self.workspace is not None else replace(self, workspace=self.scratch(nbytes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
+
+import torch
 
 from cutemoe.errors import Unsupported, invalid
 from cutemoe.runtime import replay, settings
 from cutemoe.runtime.compile import NotCompiled
 from cutemoe.runtime.device import Device
+from cutemoe.runtime.replay import Again
 from cutemoe.runtime.tune import Tuning
 
 Problem = Any
@@ -36,8 +39,6 @@ class Backend:
         configure: the configuration for a problem; None where there is nothing to choose.
         tuning: how configurations are searched; None where there is no search.
         variant: only for those who name it; neither chosen nor listed otherwise.
-        bind: "module:function" of bind(problem, config, tensors), a function that runs on other
-            tensors of the same signature (`runtime.recall`); without, `entry` does.
         replays: `entry` does nothing but launch kernels, so that launches can be made again
             (`runtime.replay`).
     """
@@ -49,7 +50,6 @@ class Backend:
     configure: Callable[[Problem, Device], Any] | None = None
     variant: bool = False
     tuning: Tuning | None = None
-    bind: str = ""
     replays: bool = False
 
     def reason(self, problem: Problem, device: Device) -> str | None:
@@ -75,14 +75,21 @@ class Backend:
         except NotCompiled as e:
             raise e.during(problem, device) from None
 
-    def bound(self, problem: Problem, device: Device, tensors: Any) -> Callable[[Any], None]:
-        """A function that runs the problem on tensors that differ from these by address alone."""
-        if not self.bind:
-            run = partial(self.run, problem, device)
-            # interpreted kernels are no launches
-            recorded = self.replays and device.type == "cuda"
-            return replay.replayed(run, tensors) if recorded else run
-        return _load(self.bind)(problem, self.config(problem, device), tensors)
+    def again(
+        self, problem: Problem, device: Device, tensors: Any, roles: Sequence[torch.Tensor]
+    ) -> Again | None:
+        """A function that runs the problem with other tensors in the roles of these, of the same
+        signature; None where it cannot be told which tensor has which role."""
+        # interpreted kernels are no launches
+        if self.replays and device.type == "cuda":
+            made = replay.replayed(partial(self.run, problem, device, tensors), roles)
+            if made is not None:
+                return made
+        try:
+            rebuilt = replay.rebuilt(tensors, roles)
+        except LookupError:
+            return None
+        return lambda tensors, addresses: self.run(problem, device, rebuilt(tensors))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +28,64 @@ _MOST_BYTES = 4096
 SIZE_AT = 56
 # CUlaunchConfig: grid, block, shared memory, stream, attributes and their number
 _CONFIG = struct.Struct("@7IPPI4x")
-# CUlaunchAttribute: programmatic stream serialization, allowed; the value has 64 bytes
-_EARLY = struct.pack("@I4xi60x", 6, 1)
+# of a Block, which word is the stream, and where the parameters start
+STREAM, PARAMETERS = 4, 13
+
+
+def attribute(number: int, value: int) -> bytes:
+    """CUlaunchAttribute; a value has 64 bytes."""
+    return struct.pack("@I4xi60x", number, value)
+
+
+# programmatic stream serialization, allowed
+EARLY = attribute(6, 1)
+
+
+class Launch(NamedTuple):
+    """Everything that the driver is told of a launch.
+
+    Attributes:
+        function: of `load`.
+        sizes: of the grid and of a block, three each, and bytes of shared memory.
+        parameters: as they lie in memory.
+        addresses: of every address in them, where it is and which tensors start there.
+        attributes: what `attribute` makes.
+        owner: what has to stay alive.
+    """
+
+    function: ctypes.c_void_p
+    sizes: tuple[int, ...]
+    parameters: bytes
+    addresses: tuple[tuple[int, tuple[torch.Tensor, ...]], ...]
+    attributes: tuple[bytes, ...] = ()
+    owner: Any = None
+
+
+class Block:
+    """A launch in memory, as cuLaunchKernelEx takes it.
+
+    Attributes:
+        words: CUlaunchConfig, five words that point to the parameters, their size, they themselves.
+        given: arguments of cuLaunchKernelEx.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        count = PARAMETERS + -(-len(launch.parameters) // 8)
+        memory = bytearray(8 * count) + b"".join(launch.attributes)
+        held = (ctypes.c_uint64 * (len(memory) // 8)).from_buffer(memory)
+        base = ctypes.addressof(held)
+        at = base + 8 * count if launch.attributes else 0
+        _CONFIG.pack_into(memory, 0, *launch.sizes, 0, at, len(launch.attributes))
+        self.words = memoryview(memory).cast("Q")
+        first = base + 8 * PARAMETERS
+        self.words[7:PARAMETERS] = memoryview(
+            struct.pack("@6N", _BUFFER_POINTER, first, _BUFFER_SIZE, first - 8, _END,
+                        len(launch.parameters))
+        ).cast("Q")  # fmt: skip
+        memory[8 * PARAMETERS : 8 * PARAMETERS + len(launch.parameters)] = launch.parameters
+        config, extra = ctypes.c_void_p(base), ctypes.c_void_p(base + 56)
+        self.given = config, launch.function, None, extra
+        self._held = held
 
 
 class _Block(threading.local):
@@ -36,7 +93,7 @@ class _Block(threading.local):
 
     def __init__(self) -> None:
         self.config = ctypes.create_string_buffer(_CONFIG.size)
-        self.early = ctypes.create_string_buffer(_EARLY, len(_EARLY))
+        self.early = ctypes.create_string_buffer(EARLY, len(EARLY))
         self.attributes = ctypes.addressof(self.early)
         self.words = ctypes.create_string_buffer(SIZE_AT + 8 + _MOST_BYTES)
         base = ctypes.addressof(self.words)
@@ -50,7 +107,8 @@ _BLOCK = _Block()
 
 
 @lru_cache(maxsize=1)
-def _library() -> Any:
+def library() -> Any:
+    """The driver's functions."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as e:
@@ -68,7 +126,7 @@ def load(cubin: bytes, name: str, shared: int, index: int) -> ctypes.c_void_p:
     """
     # a thread without a context gets that of the device
     torch.cuda.set_device(index)
-    lib, what = _library(), f"loading {name}"
+    lib, what = library(), f"loading {name}"
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(lib.cuModuleLoadData(ctypes.byref(module), cubin), what)
     _check(lib.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), what)
@@ -110,22 +168,32 @@ def launch(
     if pdl:
         sizes = (x, y, z, threads, 1, 1, shared)
         _CONFIG.pack_into(block.config, 0, *sizes, stream, block.attributes, 1)
-        run, call = _library().cuLaunchKernelEx, (block.config, function, None, block.extra)
+        run, call = library().cuLaunchKernelEx, (block.config, function, None, block.extra)
     else:
         rest = (shared, ctypes.c_void_p(stream), None, block.extra)
-        run, call = _library().cuLaunchKernel, (function, x, y, z, threads, 1, 1, *rest)
-    code = run(*call)
+        run, call = library().cuLaunchKernel, (function, x, y, z, threads, 1, 1, *rest)
+    if code := run(*call):
+        again(run, call, code, index, f"a launch of {x} x {y} x {z} programs of {threads} threads")
+
+
+def again(
+    run: Callable[..., int], call: Sequence[Any], code: int, index: int, what: str = "a launch"
+) -> None:
+    """What follows a launch that the driver answered with `code`: a thread may need a context.
+
+    Raises:
+        RuntimeError: what the driver says.
+    """
     if code == _INVALID_CONTEXT:
         torch.cuda.set_device(index)
         code = run(*call)
-    if code:
-        _check(code, f"a launch of {x} x {y} x {z} programs of {threads} threads")
+    _check(code, what)
 
 
 def _check(code: int, what: str) -> None:
     if code:
         text = ctypes.c_char_p()
-        _library().cuGetErrorString(code, ctypes.byref(text))
+        library().cuGetErrorString(code, ctypes.byref(text))
         said = (text.value or b"unknown").decode()
         hint = "; the driver is older than the compiler" if code in (200, 209, 222) else ""
         raise RuntimeError(f"CUDA error {code} in {what}: {said}{hint}")

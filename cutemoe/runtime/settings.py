@@ -11,10 +11,16 @@
 
 import os
 from pathlib import Path
+from typing import Any
+
+# os.environ takes 0.7 us to say that a variable is not set, its dict 0.03 (two CPU cores, 2026-11)
+_VARIABLES: Any = getattr(os.environ, "_data", None) if os.name == "posix" else None
 
 
 def default_backend() -> str:
     """Back end for calls that pass backend="auto"."""
+    if _VARIABLES is not None and b"CUTEMOE_BACKEND" not in _VARIABLES:
+        return "auto"
     return os.environ.get("CUTEMOE_BACKEND", "auto")
 
 

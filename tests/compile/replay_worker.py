@@ -6,12 +6,14 @@ for every case whether replays were made, and the launches of a first, recalled 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
+import struct
 import sys
 import types
+import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +26,114 @@ tests.__path__ = [str(Path(__file__).parents[1])]
 import cutemoe
 from cutemoe.gdn import api as gdn_api
 from cutemoe.gemm import api as gemm_api
-from cutemoe.gemm.tensors import GemmTensors
 from cutemoe.moe import api as moe_api
-from cutemoe.runtime import driver, recall, replay
+from cutemoe.runtime import capture, driver, recall, replay
 from cutemoe.runtime.device import Device
 from tests import strategies as draw
 from tests.gdn.cases import Case
 from tests.moe.cases import random_layer
+from tests.runtime import fake_driver
 
 H200 = Device("cuda", 0, "card", 90, 132, 232448, True)
-SCRATCH = (torch.empty(1, dtype=torch.int32), torch.empty(64, 3, dtype=torch.int32))
+SCRATCH = torch.zeros(4096, dtype=torch.uint8)
 SEEN: list[Any] = []
 REPLAYS: list[bool] = []
+NAMES: list[str] = [""]
+
+
+class Kernel:
+    """A CuTe kernel: its parameters are what it was called with."""
+
+    def __init__(self, config: Any) -> None:
+        self.name = str(config)
+
+    def __call__(self, *args: Any) -> None:
+        note(self.name, [1] * 7, False, self.parameters(args)[0])
+
+    def parameters(self, args: Any) -> tuple[bytes, tuple[tuple[int, tuple[torch.Tensor]], ...]]:
+        """All of them, and where addresses are."""
+        words: list[int] = []
+        addresses = []
+
+        def add(x: Any) -> None:
+            if isinstance(x, torch.Tensor):
+                addresses.append((8 * len(words), (x,)))
+                kind = zlib.crc32(str(x.dtype).encode())
+                words.extend([x.data_ptr(), kind, *x.shape, *x.stride()])
+            elif isinstance(x, tuple):
+                for part in x:
+                    add(part)
+            else:
+                words.append(zlib.crc32(str(x).encode()))
+
+        add(args)
+        return struct.pack(f"{len(words)}Q", *words), tuple(addresses)
+
+
+def note(function: str, sizes: Any, early: bool, parameters: bytes) -> None:
+    SEEN.append([function, list(sizes), early, parameters.hex()])
+
+
+def launch(function, grid, threads, shared, index, pack, values, pdl) -> None:
+    """In place of `driver.launch`."""
+    buffer = bytearray(4096)
+    pack(memoryview(buffer), 0, *values)
+    size = int.from_bytes(buffer[:8], sys.byteorder)
+    sizes = (*(*grid, 1, 1)[:3], threads, 1, 1, shared)
+    note(NAMES[function.value], sizes, pdl, bytes(buffer[8 : 8 + size]))
+
+
+def launch_again(config: Any, function: Any, _: None, extra: Any) -> int:
+    """In place of cuLaunchKernelEx."""
+    x = fake_driver.launched(config, function, extra)
+    note(NAMES[x.function], x.sizes, x.attributes == {fake_driver.PDL: 1}, x.parameters)
+    return 0
+
+
+def loaded(name: str) -> ctypes.c_void_p:
+    """A function: the place of its name."""
+    NAMES.append(name)
+    return ctypes.c_void_p(len(NAMES) - 1)
+
+
+def captured(kernel: Kernel, args: Any) -> driver.Launch:
+    """In place of `capture.launch_of`."""
+    return driver.Launch(loaded(kernel.name), (1,) * 7, *kernel.parameters(args))
 
 
 def on_a_card_that_notes() -> None:
     """Calls on CPU tensors go all the way to the driver."""
-    from cutemoe.gemm import cute_launch
+    from cutemoe.gdn import cute_launch as gdn_launch
+    from cutemoe.gemm import cute_launch as gemm_launch
 
-    Device.of = staticmethod(lambda _: H200)  # type: ignore
-    recall.DEVICES, recall._current_device = ("cpu",), lambda: None
-    torch._C._cuda_getDevice = lambda: 0
-    driver.load = lambda cubin, name, *_: name  # type: ignore
+    found: Any = types.SimpleNamespace(cuLaunchKernelEx=launch_again)
+    put: Callable[..., None] = setattr
+    put(Device, "of", staticmethod(lambda _: H200))
+    put(recall, "DEVICES", ("cpu",))
+    put(recall, "_current_device", lambda: None)
+    put(recall, "CALLS", 1)
+    put(torch._C, "_cuda_getDevice", lambda: 0)
+    put(torch._C, "_cuda_getCurrentRawStream", lambda index: 5)
+    put(driver, "load", lambda cubin, name, *_: loaded(name))
+    put(driver, "launch", launch)
+    put(driver, "library", lambda: found)
+    put(capture, "launch_of", captured)
+    put(gemm_launch, "kernel", Kernel)
+    put(gdn_launch, "kernel", Kernel)
+    real_of, real_empty = replay.Replay.of, torch.empty
 
-    def launch(function, grid, threads, shared, index, pack, values, pdl):
-        buffer = bytearray(4096)
-        pack(memoryview(buffer), 0, *values)
-        size = int.from_bytes(buffer[:8], sys.byteorder)
-        SEEN.append([function, list(grid), threads, shared, pdl, buffer[: 8 + size].hex()])
-
-    driver.launch = launch  # type: ignore
-    cute_launch.kernel = lambda c: lambda *args: SEEN.append([str(c), told(args)])  # type: ignore
-    # memory that a call makes is the same in all of them
-    GemmTensors.with_scratch = lambda t, _: replace(t, scratch=SCRATCH)  # type: ignore
-    GemmTensors.tiles = lambda t, most: SCRATCH  # type: ignore
-    real = replay.Replay.of
-
-    def of(launches: Any, roles: Any) -> Any:
-        made = real(launches, roles)
+    def of(*args: Any) -> Any:
+        made = real_of(*args)
         REPLAYS.append(made is not None)
         return made
 
-    replay.Replay.of = staticmethod(of)  # type: ignore
+    def empty(*shape: Any, **kind: Any) -> torch.Tensor:
+        # the list of tiles, which a call makes, is the same memory in all of them
+        own = type(shape[0]) is int and shape[0] < 4096 and kind.get("dtype") is torch.uint8
+        return SCRATCH[: shape[0]] if own else real_empty(*shape, **kind)
 
-
-def told(x: Any) -> Any:
-    """A tensor as its address, dtype, shape and strides."""
-    if isinstance(x, torch.Tensor):
-        return [x.data_ptr(), str(x.dtype), list(x.shape), list(x.stride())]
-    return [told(part) for part in x] if isinstance(x, (tuple, list)) else str(x)
+    put(replay.Replay, "of", staticmethod(of))
+    put(torch, "empty", empty)
 
 
 def layer(backend: str, activations: str, tokens: int = 40) -> Callable[[int], Callable[[], Any]]:
@@ -117,13 +178,14 @@ def groups(backend: str) -> Callable[[int], Callable[[], Any]]:
     return of
 
 
-def heads(more: str) -> Callable[[int], Callable[[], Any]]:
-    """A gated delta net on the Triton back end."""
+def heads(more: str, backend: str = "triton") -> Callable[[int], Callable[[], Any]]:
+    """A gated delta net."""
 
     def of(seed: int) -> Callable[[], Any]:
-        case = Case(B=3, T=2, seed=seed, index=torch.int32)
+        shape = (1, 2, 64, 64) if backend == "cute" else Case().shape
+        case = Case(B=3, T=2, shape=shape, seed=seed, index=torch.int32)
         call, function = case.call(), cutemoe.gdn_decode
-        call |= {"out": torch.empty_like(call["v"]), "backend": "triton"}
+        call |= {"out": torch.empty_like(call["v"]), "backend": backend}
         if more == "eager":
             shape = (1, 2, 128, 128)
             case = Case(B=3, T=1, shape=shape, dtype=torch.bfloat16, layout="kv", raw=False,
@@ -149,6 +211,7 @@ CASES: dict[str, Callable[[int], Callable[[], Any]]] = {
     "layer eager": eager,
     "groups cute": groups("cute"),
     "groups triton": groups("triton"),
+    **{f"heads cute {m}": heads(m, "cute") for m in ("", "snapshots", "verify")},
     **{
         f"heads {m}": heads(m)
         for m in ("", "snapshots", "verify", "eager", "the same tensor twice")
@@ -166,7 +229,13 @@ def seen(of: Callable[[int], Callable[[], Any]]) -> list[Any]:
     first, second = of(1), of(2)
     REPLAYS.clear()
     before, recalled = launched(first), launched(second)
-    for memory in (moe_api._KNOWN, gemm_api._KNOWN, gdn_api._DECODED, gdn_api._VERIFIED):
+    for memory in (
+        moe_api._KNOWN,
+        moe_api._ROUTED,
+        gemm_api._KNOWN,
+        gdn_api._DECODED,
+        gdn_api._VERIFIED,
+    ):
         memory.forget()
     made = list(REPLAYS)
     return [made, before, recalled, launched(second)]

@@ -20,6 +20,7 @@ CASES = (
     "layer eager",
     "groups cute",
     "groups triton",
+    *(f"heads cute {m}" for m in ("", "snapshots", "verify")),
     "heads ",
     "heads snapshots",
     "heads verify",

@@ -73,7 +73,7 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library()
-    monkeypatch.setattr(driver, "_library", lambda: fake)
+    monkeypatch.setattr(driver, "library", lambda: fake)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: fake.calls.append(("set", index)))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5 + index, False)
     return fake
@@ -152,7 +152,7 @@ def test_no_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None
     def missing(name: str) -> Any:
         raise OSError(f"{name}: cannot open shared object file")
 
-    driver._library.cache_clear()
+    driver.library.cache_clear()
     monkeypatch.setattr(driver.ctypes, "CDLL", missing)
     with pytest.raises(RuntimeError, match="install NVIDIA's driver"):
-        driver._library()
+        driver.library()

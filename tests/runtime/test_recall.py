@@ -30,7 +30,10 @@ def on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CPU calls are recalled too, and from an empty memory."""
     monkeypatch.setattr(recall, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(recall, "_current_device", lambda: None)
-    memories = (api._DECODED, api._VERIFIED, moe_api._KNOWN, gemm_api._KNOWN)
+    monkeypatch.setattr(recall, "CALLS", 1)
+    memories = (
+        api._DECODED, api._VERIFIED, moe_api._KNOWN, moe_api._ROUTED, gemm_api._KNOWN
+    )  # fmt: skip
     for memory in memories:
         memory.forget()
     yield
@@ -294,8 +297,20 @@ def test_parameters_are_recalled_where_no_gradient_is_asked_for(decoded: Counted
     assert decoded.calls == 1
 
 
-def _constant(n: int) -> Callable[[Any], Any]:
-    return lambda _: n
+def _constant(n: int) -> Any:
+    return lambda tensors, addresses: n
+
+
+def test_a_size_that_comes_once_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "CALLS", 3)
+    memory, x, made = recall.Recall(size=4), torch.zeros(4), []
+    for n in range(20):
+        memory.keep(n, (x,), partial(made.append, n))
+    assert not made and len(memory._seen) == 4 and not memory._known
+    for _ in range(2):
+        memory.keep("often", (x,), partial(made.append, "often"))
+    memory.keep("often", (x,), partial(_constant, 7))
+    assert made == [] and memory.find("often", (x,))
 
 
 def test_memory_is_bounded() -> None:
@@ -304,4 +319,5 @@ def test_memory_is_bounded() -> None:
     for n in range(5):
         memory.keep(n, (x,), partial(_constant, n))
     found = [memory.find(n, (x,)) for n in range(5)]
-    assert [f and f(None) for f in found] == [None, None, 2, 3, 4]
+    assert [f and f[0]([], []) for f in found] == [None, None, 2, 3, 4]
+    assert found[-1] and found[-1][1] == [x.data_ptr()]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,159 +18,220 @@ import cutemoe
 from cutemoe.gdn import api as gdn_api
 from cutemoe.gemm import api as gemm_api
 from cutemoe.moe import api as moe_api
-from cutemoe.runtime import replay
+from cutemoe.runtime import capture, driver, recall, replay
+from cutemoe.runtime.backend import Backend
 from tests import strategies as draw
 from tests.close import assert_same
 from tests.gdn.cases import Case
 from tests.moe.cases import Target, random_layer
+from tests.runtime.fake_driver import FakeDriver, Launched, fake
+
+__all__ = ["fake"]
 
 
 class Call(NamedTuple):
     """Tensors in three roles."""
 
     x: torch.Tensor
-    w: torch.Tensor | None
+    w: torch.Tensor
     scratch: torch.Tensor
 
-    def roles(self) -> list[torch.Tensor | None]:
-        return list(self)
+
+def call_of(seed: int) -> Call:
+    scratch = torch.zeros(128 + seed, dtype=torch.uint8)[seed:]
+    return Call(torch.full((4, 8), float(seed)), torch.full((2,), seed + 0.5), scratch)
 
 
-def call_of(seed: int, w: bool = True) -> Call:
-    x = torch.full((4, 8), float(seed))
-    scratch = torch.zeros(64 + seed, dtype=torch.uint8)[seed:]
-    return Call(x, torch.full((2,), seed + 0.5) if w else None, scratch)
+def kernel(fake: FakeDriver, *args: Any, **attributes: int) -> None:
+    """A launcher of its own: a tensor is its address, its shape and what the stack had there."""
+    parameters = []
+    for x in capture._tensors(args):
+        words = (x.data_ptr(), *x.shape, 7)
+        parameters.append(b"".join(n.to_bytes(8, "little") for n in words))
+    parameters.append((3).to_bytes(4, "little"))
+    numbers = {int(name[1:]): value for name, value in attributes.items()}
+    fake.submit(11, (2, 1, 1, 64, 1, 1, 0), parameters, numbers)
 
 
-SEEN: list[Any] = []
-
-
-def kernel(*args: Any) -> None:
-    SEEN.append(args)
-
-
-def run(t: Call) -> None:
+def run(fake: FakeDriver, t: Call) -> None:
     """Two launches, with a part of the scratch memory as it is and as numbers."""
     part = t.scratch[16:48].view(torch.float32).view(2, 4)
-    replay.call(kernel, t.x, (part, (t.w, 3)), "word")
-    launch = replay.Launch((t.x, part), lambda at: SEEN.append(tuple(at)), by_address=True)
+    replay.call(partial(kernel, fake, _6=1, _14=0), t.x, (part, (t.w, 3)), "word")
+    pointers = b"".join(a.data_ptr().to_bytes(8, "little") for a in (part, t.x))
+    addresses = ((0, (part,)), (8, (t.x,)))
+    launch = driver.Launch(ctypes.c_void_p(12), (1, 2, 3, 32, 1, 1, 9), pointers, addresses)
     if not replay.noted(lambda: launch):
-        launch.start([a.data_ptr() for a in launch.tensors])
+        fake.submit(12, launch.sizes, [pointers], {})
 
 
-def same(a: Any, b: Any) -> bool:
-    """The same memory, seen in the same way."""
-    if isinstance(a, torch.Tensor):
-        return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (
-            b.data_ptr(), b.dtype, b.shape, b.stride()
-        )  # fmt: skip
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def launches(fake: FakeDriver, make: Callable[[], None]) -> list[Launched]:
+    fake.launches.clear()
+    make()
+    return list(fake.launches)
 
 
-def launched(function: Any, t: Call) -> list[Any]:
-    SEEN.clear()
-    function(t)
-    return list(SEEN)
+def again(made: Any, t: Call) -> Callable[[], None]:
+    return lambda: made(t, [x.data_ptr() for x in t])
 
 
-def test_nothing_is_launched_while_it_is_recorded() -> None:
-    SEEN.clear()
-    again = replay.replayed(run, call_of(16))
-    assert not SEEN and again is not run
+def test_nothing_is_launched_while_it_is_recorded(fake: FakeDriver) -> None:
+    t = call_of(16)
+    assert replay.replayed(partial(run, fake, t), t) is not None
+    assert not fake.launches and fake.destroyed == 1
 
 
-def test_other_tensors_take_the_roles() -> None:
-    for w in (True, False):
-        again = replay.replayed(run, call_of(0, w))
-        for seed in (0, 16, 16, 32):
-            t = call_of(seed, w)
-            want = launched(run, t)
-            assert len(want) == 2 and same(tuple(launched(again, t)), tuple(want))
+def test_other_tensors_take_the_roles(fake: FakeDriver) -> None:
+    first = call_of(0)
+    made = replay.replayed(partial(run, fake, first), first)
+    for seed in (0, 16, 16, 32):
+        t = call_of(seed)
+        want = launches(fake, partial(run, fake, t))
+        assert len(want) == 2 and want[0].attributes == {6: 1, 14: 0}
+        assert launches(fake, again(made, t)) == want
 
 
-def test_a_tensor_of_nobody_is_not_replayed() -> None:
-    def copies(t: Call) -> None:
-        replay.call(kernel, t.x.clone())
+def test_a_tensor_of_nobody_is_not_replayed(fake: FakeDriver) -> None:
+    t = call_of(16)
+    copies = partial(replay.call, partial(kernel, fake), t.x.clone())
+    assert replay.replayed(copies, t) is None
 
-    assert replay.replayed(copies, call_of(16)) is copies
 
-
-def test_what_two_roles_share_is_not_replayed() -> None:
+def test_what_two_roles_share_is_not_replayed(fake: FakeDriver) -> None:
     one = call_of(16)
     twice = one._replace(w=one.x)
-    assert replay.replayed(run, twice) is run
+    assert replay.replayed(partial(run, fake, twice), twice) is None
     # neighbours in one storage: whose is a view of it?
     both = torch.zeros(8, 8)
     sides = Call(both[:4], both[4:], one.scratch)
-
-    def views(t: Call) -> None:
-        replay.call(kernel, t.x[1:])
-
-    def wholes(t: Call) -> None:
-        replay.call(kernel, t.x, t.w)
-
-    assert replay.replayed(views, sides) is views
-    again = replay.replayed(wholes, sides)
-    t = call_of(32)
-    assert again is not wholes and same(tuple(launched(again, t)), ((t.x, t.w),))
+    launcher = partial(kernel, fake)
+    assert replay.replayed(partial(replay.call, launcher, sides.x[1:]), sides) is None
+    made = replay.replayed(partial(replay.call, launcher, sides.x, sides.w), sides)
+    t = Call(torch.zeros(4, 8), torch.zeros(4, 8), one.scratch)
+    assert launches(fake, again(made, t)) == launches(fake, partial(launcher, t.x, t.w))
+    # two tensors of the same address, of which only one has a role
+    far = Call(both[:4], one.w, both[:2])
+    assert replay.replayed(partial(replay.call, launcher, far.x, far.scratch), far) is None
 
 
-def test_memory_of_earlier_calls_is_given_back() -> None:
-    again = replay.replayed(run, call_of(16))
+def test_recorded_tensors_are_not_kept(fake: FakeDriver) -> None:
     t = call_of(16)
-    again(t)
-    alive = weakref.ref(t.scratch.untyped_storage())
-    SEEN.clear()
-    assert alive() is not None
+    made = replay.replayed(partial(run, fake, t), t)
+    alive = [weakref.ref(x.untyped_storage()) for x in t]
     del t
     gc.collect()
-    assert alive() is None
+    assert made is not None and not any(ref() for ref in alive)
 
 
-def test_a_tensor_with_other_memory_or_in_another_role_is_seen_anew() -> None:
-    def views(t: Call) -> None:
-        replay.call(kernel, t.x[1:], t.scratch[2:])
+def test_threads_launch_from_memory_of_their_own(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one is in the driver, another writes its addresses."""
+    first = call_of(0)
+    made = replay.replayed(partial(run, fake, first), first)
+    calls = [call_of(seed) for seed in range(16, 144, 16)]
+    want = [x for t in calls for x in launches(fake, partial(run, fake, t))]
+    inside, real = threading.Barrier(len(calls)), fake.cuLaunchKernelEx
 
-    def fresh() -> torch.Tensor:
-        return torch.zeros(4, 8)
+    def slow(*args: Any) -> int:
+        inside.wait()
+        return real(*args)
 
-    again = replay.replayed(views, Call(fresh(), None, fresh()))
-    assert again is not views
-    a, b = fresh(), fresh()
-    for t in (Call(a, None, b), Call(b, None, a), Call(a, None, b)):
-        assert same(tuple(launched(again, t)), tuple(launched(views, t)))
-    a.data = fresh()
-    t = Call(a, None, b)
-    assert same(tuple(launched(again, t)), tuple(launched(views, t)))
-
-
-def test_recorded_tensors_are_not_kept() -> None:
-    t = call_of(16)
-    again = replay.replayed(run, t)
-    alive = [weakref.ref(x.untyped_storage()) for x in t if x is not None]
-    del t
-    gc.collect()
-    assert again is not run and not any(ref() for ref in alive)
+    monkeypatch.setattr(fake, "cuLaunchKernelEx", slow)
+    threads = [threading.Thread(target=again(made, t)) for t in calls]
+    fake.launches.clear()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(fake.launches, key=str) == sorted(want, key=str)
 
 
-def test_other_threads_launch() -> None:
-    SEEN.clear()
-    with replay.recording() as launches:
-        thread = threading.Thread(target=run, args=(call_of(16),))
+def test_other_threads_launch_while_one_records(fake: FakeDriver) -> None:
+    with replay.recording() as noted:
+        thread = threading.Thread(target=run, args=(fake, call_of(16)))
         thread.start()
         thread.join()
-    assert not launches and len(SEEN) == 2
+    assert not noted and len(fake.launches) == 2
 
 
-def test_an_error_ends_a_recording() -> None:
-    try:
-        with replay.recording():
-            raise ValueError
-    except ValueError:
-        pass
-    assert len(launched(run, call_of(16))) == 2
+def test_an_error_ends_a_recording(fake: FakeDriver) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError
+
+    t = call_of(16)
+    with pytest.raises(ValueError):
+        replay.replayed(partial(replay.call, fails, t.x), t)
+    assert fake.nodes is None
+    assert len(launches(fake, partial(run, fake, t))) == 2
+
+
+def test_an_empty_grid_is_not_launched(fake: FakeDriver) -> None:
+    t = call_of(16)
+    launch = driver.Launch(ctypes.c_void_p(1), (0, 1, 1, 32, 1, 1, 0), bytes(8), ((0, (t.x,)),))
+    made = replay.Replay.of([launch], t, 0)
+    assert launches(fake, again(made, t)) == []
+
+
+def two_launches(fake: FakeDriver, *args: Any) -> None:
+    kernel(fake, *args)
+    kernel(fake, *args)
+
+
+def without_its_tensors(fake: FakeDriver, *args: Any) -> None:
+    kernel(fake, args[0])
+
+
+@pytest.mark.parametrize("refused", ["begin", "edges", "kernels"])
+def test_a_driver_that_does_not_say(refused: str, fake: FakeDriver) -> None:
+    fake.refuses.add(refused)
+    t = call_of(16)
+    assert capture.launch_of(partial(kernel, fake), (t.x,)) is None
+    assert fake.destroyed == (refused != "begin") and fake.nodes is None
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        two_launches,
+        without_its_tensors,
+        partial(kernel, _2=1),
+        partial(kernel, _4=2),
+    ],
+    ids=["two launches", "a tensor that is not passed", "cooperative", "clusters"],
+)
+def test_a_launch_that_is_more_than_its_parameters(launcher: Any, fake: FakeDriver) -> None:
+    t = call_of(16)
+    assert capture.launch_of(partial(launcher, fake), (t.x, t.w)) is None
+    assert capture.launch_of(partial(kernel, fake, _2=0, _4=1), (t.x, t.w)) is not None
+
+
+def test_an_empty_tensor_has_no_address(fake: FakeDriver) -> None:
+    t = call_of(16)
+    found = capture.launch_of(partial(kernel, fake), (t.x, torch.empty(0)))
+    assert found is not None and [len(tensors) for _, tensors in found.addresses] == [1]
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    n: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    pair: Pair
+    b: torch.Tensor | None
+    more: tuple[Any, ...]
+
+
+def test_values_are_rebuilt_from_other_tensors() -> None:
+    a, b, c, d = (torch.full((2,), float(n)) for n in range(4))
+    made = replay.rebuilt(Whole(Pair(a, 3), None, (b, "word", (c,))), [b, a, c])
+    found = made([d, a, b])
+    assert found.pair.a is a and found.more[0] is d and found.more[2][0] is b
+    assert (found.pair.n, found.b, found.more[1]) == (3, None, "word")
+    for roles in ([a, b], [a, b, c, c]):
+        with pytest.raises(LookupError):
+            replay.rebuilt(Pair(c, 1), roles)
 
 
 def layer_calls(backend: str, activations: str, with_workspace: bool) -> list[Any]:
@@ -219,7 +283,13 @@ def head_calls(backend: str, verify: bool) -> list[Any]:
     return found
 
 
+def routings() -> list[Any]:
+    logits = [draw.normal((70, 12), seed).cuda() for seed in (1, 2, 3)]
+    return [partial(cutemoe.route, x, 3) for x in logits]
+
+
 CALLS = {
+    "routing": routings,
     **{
         f"layer {b} {a} {w}": partial(layer_calls, b, a, w)
         for b in ("cute", "triton")
@@ -237,11 +307,19 @@ CALLS = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CALLS)
-def test_recalled_calls_have_the_bits_of_checked_ones(name: str) -> None:
+def test_recalled_calls_have_the_bits_of_checked_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a card, in a CUDA graph too."""
     if "cute" in name:
         pytest.importorskip("cutlass")
-    memories = (moe_api._KNOWN, gemm_api._KNOWN, gdn_api._DECODED, gdn_api._VERIFIED)
+    memories = (
+        moe_api._KNOWN,
+        moe_api._ROUTED,
+        gemm_api._KNOWN,
+        gdn_api._DECODED,
+        gdn_api._VERIFIED,
+    )
 
     def forget() -> None:
         for memory in memories:
@@ -258,6 +336,10 @@ def test_recalled_calls_have_the_bits_of_checked_ones(name: str) -> None:
             want.append(bits(call()))
         assert not torch.equal(want[0][0], want[1][0])
         forget()
+        for call in calls[: recall.CALLS]:
+            call()
+        # what is not replayed runs
+        monkeypatch.delattr(Backend, "run")
         for _ in range(2):
             for call, wanted in zip(calls, want, strict=True):
                 for a, b in zip(bits(call()), wanted, strict=True):
