@@ -1,7 +1,8 @@
 """Top-k routing in one kernel: choice, weights, renormalisation.
 
-A score and its expert become one integer key, the order of float32 with NaN on top and -0 equal to
-0, then the lower index; so each choice is one maximum, and ties need no second pass.
+A score becomes an unsigned key in the order of float32, with NaN on top and -0 equal to 0. A choice is
+the greatest key, then the lowest index that has it: two reductions of 32-bit integers, an instruction
+each between the lanes of a warp, where one of 64 bits is ten shuffles. The key gives the score back.
 """
 
 from typing import TYPE_CHECKING
@@ -18,13 +19,26 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def keys(score, index, inside):
-    """Sort keys int64 of float32 scores, -1 outside; greater is better, then the lower index."""
+def ordered(score):
+    """Sort keys uint32 of float32 scores, none of them 0; greater is better."""
     score = tl.where(score == 0, 0.0, score)
     bits = score.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
-    ordered = tl.where(score == score, ordered, 4294967295).to(tl.int64)
-    return tl.where(inside, (ordered << 10) | (1023 - index).to(tl.int64), -1)
+    key = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+    return tl.where(score == score, key, 4294967295)
+
+
+@triton.jit
+def score_of(key):
+    """The score of a key: 0 of -0, and a NaN of any."""
+    bits = key.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits & 2147483647, ~bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keys(score, index, inside):
+    """Sort keys int64 of float32 scores, -1 outside; greater is better, then the lower index."""
+    key = ordered(score).to(tl.int64)
+    return tl.where(inside, (key << 10) | (1023 - index).to(tl.int64), -1)
 
 
 @launch.entry
@@ -66,20 +80,28 @@ def route_tokens(
             chosen_by = score + bias
         elif METHOD == "grouped_sigmoid":
             chosen_by = score
-    key = keys(chosen_by, index, inside)
     if METHOD == "grouped_sigmoid":
-        kept = _kept(key, chosen_by, index, E, N_GROUP, TOPK_GROUP, BLOCK_T)
-        key = tl.where(kept, key, -1)
+        wide = keys(chosen_by, index, inside)
+        inside = inside & _kept(wide, chosen_by, index, E, N_GROUP, TOPK_GROUP, BLOCK_T)
+    # 0: not to be chosen any more
+    key = tl.where(inside, ordered(chosen_by), 0)
     slot = tl.arange(0, BLOCK_K)[None, :]
     ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
     value = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for k in tl.static_range(TOP_K):
         best = tl.max(key, 1)[:, None]
-        hit = key == best
-        key = tl.where(hit, -1, key)
-        ids = tl.where(slot == k, (1023 - (best & 1023)).to(tl.int32), ids)
-        value = tl.where(slot == k, tl.sum(tl.where(hit, score, 0.0), 1)[:, None], value)
+        at = tl.min(tl.where(key == best, index, BLOCK_E), 1)[:, None]
+        hit = index == at
+        key = tl.where(hit, 0, key)
+        ids = tl.where(slot == k, at, ids)
+        if bias_ptr is None:
+            chosen = score_of(best)
+        else:
+            chosen = tl.sum(tl.where(hit, score, 0.0), 1)[:, None]
+        value = tl.where(slot == k, chosen, value)
     live = slot < TOP_K
+    if METHOD == "sigmoid" and bias_ptr is None:
+        value = numeric.sigmoid(value)
     if METHOD == "softmax_topk":
         z = tl.where(index < E, z, float("-inf"))
         top = tl.max(z, 1)[:, None]

@@ -1,7 +1,7 @@
 """Compiles the Hopper kernel of a Config: the tensors it expects, and no tensor."""
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Uint8
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8
 
 from cutemoe.gemm.cute_gemm import ExpertGemm
 from cutemoe.gemm.cute_plan import Config
@@ -24,6 +24,9 @@ def build(c: Config, options: str = ""):
     bias = _packed(Float32, (E, s()), 4) if c.bias else None
     slots = _packed(Int32, (R,), 4) if c.gather or c.scatter else None
     work = (slots, _packed(Int32, (T, 3), 4), _packed(Int32, (1,), 4))
+    if c.ids:
+        kind = {"int32": Int32, "int64": Int64}[c.ids]
+        work = (_rows(kind, (s(), s()), kind.width // 8), Int64(0))
     out = _rows(TYPES[c.out], (s(), N), TYPES[c.out].width // 8)
     params = tuple(_packed(Float32, (E,), 4) if p else Float32(0.0) for p in c.params)
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)

@@ -47,6 +47,7 @@ from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16
 from cutemoe.gemm.cute_decode import hook, opaque
 from cutemoe.gemm.cute_epilogue import Epilogue
 from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
+from cutemoe.gemm.cute_sort import SlotSort
 from cutemoe.layouts.sm90_rs_w4 import CODE_BYTES, COLUMNS
 
 OPERANDS = {"bf16": BFloat16, "fp16": Float16, "fp8": Float8E4M3FN}
@@ -62,6 +63,7 @@ class ExpertGemm:
         self.t = c.tile
         self.hook = hook(c.recipe.weight, c.recipe.activations, c.recipe.group)
         self.epilogue = Epilogue(c)
+        self.sort = SlotSort(c)
         self.operand = OPERANDS[c.recipe.activations]
         # columns of one wgmma, bytes of a token, 16-byte pieces of its part of a stage
         self.mma_k = 32 // c.recipe.width
@@ -83,6 +85,7 @@ class ExpertGemm:
             # one more than there are stages: what the first item releases before its first stage
             empty: cute.struct.MemRange[Int64, self.stages + 1]  # pyright: ignore
             rows: cute.struct.Align[cute.struct.MemRange[Int64, self.t.block_m], 32]  # pyright: ignore
+            order: self.sort.Storage  # pyright: ignore
 
         self.Storage = Storage
 
@@ -102,8 +105,8 @@ class ExpertGemm:
         stream: cuda.CUstream,
     ):
         """x [.., K], fp8 as bytes; w [E, row blocks, column blocks, unit]; factor [E]; x_scale [E]
-        or [rows of x]; bias [E, rows of w]; work: slots, tiles, count; params: alpha, beta, limit,
-        each Float32 or [E]."""
+        or [rows of x]; bias [E, rows of w]; work: slots, tiles, count, or ids and expert_offset;
+        params: alpha, beta, limit, each Float32 or [E]."""
         self.kernel(mX, mW, (factor, x_scale, bias, top_k), work, mO, params).launch(  # pyright: ignore
             grid=[ctas, 1, 1],
             block=[self.threads, 1, 1],
@@ -128,6 +131,10 @@ class ExpertGemm:
         cute.arch.sync_threads()
         if const_expr(not self.c.early):
             cute.arch.griddepcontrol_wait()
+        if const_expr(self.c.ids != ""):
+            scratch = cute.recast_ptr(shared.x.data_ptr(), dtype=Int32)  # pyright: ignore
+            order = shared.order  # pyright: ignore
+            work = self.sort(work[0], work[1], mW.shape[0], order, scratch)
         cute.arch.griddepcontrol_launch_dependents()
         blocks = cute.ceil_div(mW.shape[1], self.t.row_blocks)
         total = work[2][0] * blocks

@@ -18,6 +18,7 @@ from cutemoe.triton_kernels import sort
 
 kernel = compiled(build)
 OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+IDS = {torch.int32: "int32", torch.int64: "int64"}
 
 
 def multiply(
@@ -26,7 +27,7 @@ def multiply(
     x: torch.Tensor,
     w: PackedWeight,
     out: torch.Tensor,
-    work: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
+    work: tuple[Any, ...],
     *,
     x_scale: tuple[str, torch.Tensor | None] = ("none", None),
     bias: torch.Tensor | None = None,
@@ -37,7 +38,8 @@ def multiply(
     """Launches the kernel for at most `tiles` tiles of rows.
 
     Args:
-        work: slots of the sorted rows, tiles and their count, as sort.py writes them.
+        work: slots of the sorted rows, tiles and their count, as sort.py writes them; or ids and
+            expert_offset, for the kernel to sort.
         params: alpha, beta and limit of the activation, numbers or float32 [E].
         x_scale: what multiplies the sums: Config's word for it, and the tensor.
         given: other fields of the kernel's Config.
@@ -52,15 +54,15 @@ def multiply(
         params=(_given(params[0]), _given(params[1]), _given(params[2])),
         limit=params[2] is not None,
         order=w.order,
+        ids=IDS[work[0].dtype] if len(work) == 2 else "",
         **given,
     )
-    slots, list_, count = work
-    if not (config.gather or config.scatter):
-        slots = None
+    if not (config.ids or config.gather or config.scatter):
+        work = (None, *work[1:])
     device = Device.of(x.device)
     blocks = -(-w.data.shape[1] // tile.row_blocks)
     replay.call(
-        kernel(config), aligned(x), w.data, w.factor, x_scale[1], bias, (slots, list_, count), out,
+        kernel(config), aligned(x), w.data, w.factor, x_scale[1], bias, work, out,
         tuple(0.0 if p is None else p for p in params), top_k,
         min(tiles * blocks, device.sm_count * tile.ctas),
     )  # fmt: skip

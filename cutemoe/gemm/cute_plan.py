@@ -43,6 +43,8 @@ STAGE_US = {(4, 2): 1.15, (3, 2): 0.89, (4, 1): 0.6, (3, 1): 0.5, (2, 1): 0.4}
 # columns of a pipeline stage: two units of the weight layout
 STAGE_UNITS = 2
 STAGE_COLUMNS = STAGE_UNITS * sm90_rs_w4.COLUMNS
+# most routed rows that every CTA sorts for itself
+MOST_SORTED = 128
 
 
 @dataclass(frozen=True)
@@ -243,8 +245,9 @@ class Config:
         order: rows of gate and up in the bias.
         params: which of alpha, beta, limit are tensors [E]; the others are numbers.
         limit: the clamp exists.
+        ids: "", or the dtype of expert ids, of at most MOST_SORTED slots, that the kernel sorts.
         zero_tail: tiles of a negative expert write zeros.
-        early: the tiles are older than the launch before, so weights need not wait for its end.
+        early: tiles or ids are older than the launch before, so weights need not wait for its end.
     """
 
     recipe: Recipe
@@ -259,6 +262,7 @@ class Config:
     order: str = "plain"
     params: tuple[bool, bool, bool] = (False, False, False)
     limit: bool = False
+    ids: str = ""
     zero_tail: bool = False
     early: bool = False
 
@@ -275,5 +279,5 @@ class Config:
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: stages, barriers, offsets of rows, alignment."""
+        """Shared memory of a CTA: stages, barriers, offsets of rows, the sort, alignment."""
         return self.tile.stages * (sum(self.stage_bytes) + 16) + 8 * self.tile.block_m + 2048

@@ -2,25 +2,28 @@
 
 | launch | reads | writes |
 |---|---|---|
-| sort_slots, or count_chunks, place_chunks (Triton) | ids | sorted_slots, starts, tiles, count |
+| sort_slots, or count_chunks, place_chunks (Triton); none of few rows | ids | sorted_slots, starts, tiles, count |
 | quantize_rows (Triton, fp8) | x | xq, scales |
 | ExpertGemm FC1 | x or xq, by sorted_slots // K; w13 | mid in sorted order |
 | quantize_rows (Triton, fp8) | mid | midq, scales |
 | ExpertGemm FC2 | mid or midq; w2 | y in slot order |
 | combine_slots (Triton) | y, weights | out |
 
-No synchronisation; nothing depends on values that only the device knows.
-"""
+No synchronisation; nothing depends on values that only the device knows. Few rows of activations that
+are not quantised are sorted by both GEMMs.
+"""  # noqa: E501
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cutemoe.gemm.cute_launch import multiply
+from cutemoe.gemm.cute_plan import MOST_SORTED
 from cutemoe.moe.problem import Problem
 from cutemoe.moe.tensors import MoETensors
+from cutemoe.moe.workspace import layout_of
 from cutemoe.triton_kernels import combine
 from cutemoe.triton_kernels.moe import fc1_input, fc2_input, most_tiles, sorted_rows
 
@@ -32,8 +35,13 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
     """The CuTe back end of `fused_moe`."""
     if problem.tokens == 0:
         return
-    w = sorted_rows(problem, config, t)
-    work = (w["sorted_slots"], w["tiles"], w["tile_count"])
+    work: tuple[Any, ...] = (t.ids, problem.expert_offset)
+    if sorts_itself(problem):
+        plan = layout_of(problem)
+        w = plan.views(t.scratch(plan.nbytes))
+    else:
+        w = sorted_rows(problem, config, t)
+        work = (w["sorted_slots"], w["tiles"], w["tile_count"])
     most = most_tiles(problem, config)
     x, token_scale, expert_scale, divide = fc1_input(problem, t, w)
     multiply(
@@ -65,6 +73,12 @@ def run(problem: Problem, config: MoEConfig, t: MoETensors) -> None:
         early=True,
     )
     combine.combine(w["y"], t.ids, t.weights, t.out, problem.experts, problem.expert_offset)
+
+
+def sorts_itself(problem: Problem) -> bool:
+    """The GEMMs sort the rows: they are few, and no other launch has to know their order."""
+    few = problem.tokens * problem.top_k <= MOST_SORTED
+    return few and problem.activations in ("bf16", "fp16")
 
 
 def _scale(

@@ -29,6 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "fc2 with bias": {"scatter": True, "out": "fp32", "bias": True},
     "fc1, ungated": {"gather": True, "activation": "relu2"},
     "groups": {"zero_tail": True},
+    "fc1, sorting": {**SWIGLU, "ids": "int64", "bias": True},
+    "fc2, sorting": {"scatter": True, "out": "fp32", "ids": "int32", "early": True},
 }
 MXFP4, NVFP4 = Recipe("mxfp4", 32), Recipe("nvfp4", 16)
 W4A8 = Recipe("int4", 128, "fp8")
@@ -38,6 +40,7 @@ CASES = [(MXFP4, mean, kind) for mean in MEANS for kind in PAIR]
 CASES += [(MXFP4, mean, "fc1") for mean in (32, 50, 70, 128, 1000)]
 CASES += [(MXFP4, 1, kind) for kind in KINDS if kind not in PAIR]
 CASES += [(MXFP4, mean, "fc1 of gpt-oss") for mean in (8, 32, 128)]
+CASES += [(recipe, 32, "fc1, sorting") for recipe in (MXFP4, NVFP4)]
 CASES += [(NVFP4, 1, "fc1"), (NVFP4, 96, "fc2"), (NVFP4, 128, "fc1 of gpt-oss")]
 # every set of widths; bias and factor take registers in the epilogue
 CASES += [(W4A8, mean, "fc1") for mean in (1, 12, 30, 40, 60, 96, 1000)]
