@@ -44,7 +44,7 @@ STAGE_US = {(4, 2): 1.15, (3, 2): 0.89, (4, 1): 0.6, (3, 1): 0.5, (2, 1): 0.4}
 STAGE_UNITS = 2
 STAGE_COLUMNS = STAGE_UNITS * sm90_rs_w4.COLUMNS
 # most routed rows that every CTA sorts for itself
-MOST_SORTED = 128
+MOST_SORTED = 64
 
 
 @dataclass(frozen=True)
