@@ -114,6 +114,22 @@ def test_experts_without_rows_are_not_read_into_results(target):
     assert_same(got, naive(layer, x, ids, weights, SATURATED, exact=True).to(x.dtype))
 
 
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (1, 2), (31, 1), (16, 2), (11, 3), (16, 4), (13, 5)])
+def test_few_rows(target, T, K, offset):
+    """To 64 slots and one more: each drawn, all of one expert, none live, a token's all alike."""
+    layer = exact_layer("mxfp4", E=5)
+    x = exact_x(T, layer, 7)
+    drawn = torch.randint(-1, 6, (T, K), generator=draw.generator(T)) + offset
+    strided = target.put(torch.cat([drawn, 0 * drawn], 1))[:, :K]
+    weights = draw.powers_of_two((T, K), 3, -2, 2)
+    one = torch.full_like(drawn, offset + 4)
+    for ids in (drawn, strided, one, one + 1, drawn[:, :1].expand(T, K).int()):
+        want = naive(layer, x, ids.cpu(), weights, SATURATED, offset=offset, exact=True)
+        got = call(target, layer, x, ids, weights, activation=SATURATED, expert_offset=offset)
+        assert_same(got, want.to(x.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activations", ["fp8", "nvfp4", "mxfp4"])
 def test_quantised_activations_take_both_dtypes(target, activations, dtype):

@@ -64,7 +64,7 @@ def moe() -> Iterator[str]:
                 layer.w13, layer.w2, layer.b13, layer.b2, activations=activations,
                 gate_up="interleaved", input_scale=layer.input_scale, device=CUDA, backend=backend,
             )  # fmt: skip
-            for tokens in (1, 37, 700):
+            for tokens in (1, 20, 37, 700):
                 x = draw.normal((tokens, 320), 1, layer.dtype).to(CUDA)
                 logits = draw.normal((tokens, 6), 2).to(CUDA)
                 ids, weights = cutemoe.route(logits, 3)
