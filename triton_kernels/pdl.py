@@ -4,7 +4,8 @@ Routing and sorting are launched so, and a CuTe GEMM behind them. One H200, 2026
 at 1 / 4 / 16 tokens without and with: h4096 i2048 e256 k6 37.4 / 91.7 / 275 and 36.3 / 90.0 / 274,
 gpt-oss-120b 32.3 / 69.7 / 188 and 31.2 / 68.1 / 187; beyond, nothing.
 
-Rejected: combine_slots launched so: 37.4 -> 38.8 and 91.7 -> 93.7 us, gpt-oss-120b 32.3 -> 32.3.
+Rejected: combine_slots launched so: 34.4 -> 34.8 and 86.7 -> 88.1 us at 1 and 4 tokens, and
+gpt-oss-120b 29.2 -> 28.3 and 65.3 -> 64.6; no rule was found.
 """
 
 import torch
