@@ -20,7 +20,8 @@ import torch
 from cutemoe.runtime import driver
 from cutemoe.runtime.driver import Launch
 
-# of cuda.h: a mode of capturing, a type of node, a type of edge, attributes of a launch
+# of cuda.h: a kind of stream, a mode of capturing, types of a node and an edge, attributes
+_NON_BLOCKING = 1
 _RELAXED = 2
 _KERNEL = 0
 _PROGRAMMATIC = 1
@@ -42,18 +43,15 @@ class _Node(ctypes.Structure):
 
 def launch_of(kernel: Callable[..., None], args: tuple[Any, ...]) -> Launch | None:
     """The launch of kernel(*args), which is not made; None where it cannot be read."""
-    lib = driver.library()
-    graph, stream = ctypes.c_void_p(), torch.cuda.Stream()
-    raw = ctypes.c_void_p(stream.cuda_stream)
-    with torch.cuda.stream(stream):
-        if lib.cuStreamBeginCapture_v2(raw, _RELAXED):
-            return None
-        try:
-            kernel(*args)
-            kernel(*args)
-        finally:
-            failed = lib.cuStreamEndCapture(raw, ctypes.byref(graph))
-    if failed:
+    lib, stream = driver.library(), ctypes.c_void_p()
+    # of its own: another thread may launch to any of torch's
+    if lib.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING):
+        return None
+    try:
+        graph = _captured(lib, stream, lambda: kernel(*args))
+    finally:
+        lib.cuStreamDestroy_v2(stream)
+    if graph is None:
         return None
     try:
         return _read(lib, graph, kernel, list(_tensors(args)))
@@ -61,6 +59,20 @@ def launch_of(kernel: Callable[..., None], args: tuple[Any, ...]) -> Launch | No
         return None
     finally:
         lib.cuGraphDestroy(graph)
+
+
+def _captured(lib: Any, stream: ctypes.c_void_p, launch: Callable[[], None]) -> Any:
+    """The graph of two launches, or None."""
+    graph = ctypes.c_void_p()
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream.value)):
+        if lib.cuStreamBeginCapture_v2(stream, _RELAXED):
+            return None
+        try:
+            launch()
+            launch()
+        finally:
+            failed = lib.cuStreamEndCapture(stream, ctypes.byref(graph))
+    return None if failed else graph
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:

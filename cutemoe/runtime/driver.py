@@ -72,8 +72,7 @@ class Block:
     def __init__(self, launch: Launch) -> None:
         count = PARAMETERS + -(-len(launch.parameters) // 8)
         memory = bytearray(8 * count) + b"".join(launch.attributes)
-        held = (ctypes.c_uint64 * (len(memory) // 8)).from_buffer(memory)
-        base = ctypes.addressof(held)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         at = base + 8 * count if launch.attributes else 0
         _CONFIG.pack_into(memory, 0, *launch.sizes, 0, at, len(launch.attributes))
         self.words = memoryview(memory).cast("Q")
@@ -85,7 +84,6 @@ class Block:
         memory[8 * PARAMETERS : 8 * PARAMETERS + len(launch.parameters)] = launch.parameters
         config, extra = ctypes.c_void_p(base), ctypes.c_void_p(base + 56)
         self.given = config, launch.function, None, extra
-        self._held = held
 
 
 class _Block(threading.local):

@@ -159,8 +159,10 @@ def rebuilt(value: Any, roles: Sequence[torch.Tensor]) -> Callable[[Sequence[tor
         LookupError: a tensor in it has no role, or several.
     """
     if isinstance(value, torch.Tensor):
-        (role,) = [i for i, t in enumerate(roles) if t is value] if _once(value, roles) else [-1]
-        return lambda tensors: tensors[role]
+        found = [i for i, t in enumerate(roles) if t is value]
+        if len(found) != 1:
+            raise LookupError(f"a tensor has {len(found)} roles")
+        return lambda tensors: tensors[found[0]]
     if isinstance(value, tuple):
         parts = [rebuilt(v, roles) for v in value]
         make = getattr(value, "_make", tuple)
@@ -171,10 +173,3 @@ def rebuilt(value: Any, roles: Sequence[torch.Tensor]) -> Callable[[Sequence[tor
             value, **{name: part(tensors) for name, part in fields.items()}
         )
     return lambda tensors: value
-
-
-def _once(t: torch.Tensor, roles: Sequence[torch.Tensor]) -> bool:
-    count = sum(role is t for role in roles)
-    if count != 1:
-        raise LookupError(f"a tensor has {count} roles")
-    return True

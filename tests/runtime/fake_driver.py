@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -62,6 +62,7 @@ class FakeDriver:
         self.nodes: list[Node] | None = None
         self.graph: list[Node] = []
         self.destroyed = 0
+        self.streams = 0
         self.refuses: set[str] = set()
 
     def submit(
@@ -79,8 +80,19 @@ class FakeDriver:
         self.launches.append(launched(config, function, extra))
         return 0
 
+    def cuStreamCreate(self, stream, flags) -> int:
+        assert flags == 1
+        self.streams += 1
+        stream._obj.value = 7
+        return 0
+
+    def cuStreamDestroy_v2(self, stream) -> int:
+        assert stream.value == 7 and self.nodes is None
+        self.streams -= 1
+        return 0
+
     def cuStreamBeginCapture_v2(self, stream, mode) -> int:
-        assert mode == 2 and self.nodes is None
+        assert stream.value == 7 and mode == 2 and self.nodes is None
         if "begin" in self.refuses:
             return 1
         self.nodes = []
@@ -150,16 +162,14 @@ def joined(parameters: Sequence[bytes]) -> tuple[bytes, list[int]]:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     """Instead of the driver, and of torch's streams."""
-
-    class Stream:
-        cuda_stream = 7
 
     found = FakeDriver()
     monkeypatch.setattr(driver, "library", lambda: found)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address: address)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5 + index, False)
-    return found
+    yield found
+    assert found.streams == 0 and found.nodes is None
