@@ -29,6 +29,7 @@ _LAZY = {
     "gdn_decode": "cutemoe.gdn.api",
     "gdn_verify": "cutemoe.gdn.api",
     "GDNDraft": "cutemoe.gdn.draft",
+    "bind": "cutemoe.registry",
     "explain": "cutemoe.registry",
     "backends": "cutemoe.registry",
 }
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from cutemoe.moe.api import fused_moe, prepare_moe, route
     from cutemoe.moe.prepare import PreparedMoE
     from cutemoe.moe.workspace import Workspace
-    from cutemoe.registry import backends, explain
+    from cutemoe.registry import backends, bind, explain
 
 __all__ = [
     "GDNDraft",
@@ -57,6 +58,7 @@ __all__ = [
     "Unsupported",
     "Workspace",
     "backends",
+    "bind",
     "explain",
     "fused_moe",
     "gdn_decode",

@@ -11,6 +11,7 @@ import torch
 from cutemoe.errors import invalid
 from cutemoe.runtime import backend
 from cutemoe.runtime.backend import Explanation, Reason
+from cutemoe.runtime.bound import BoundCall, bound
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import Op
 from cutemoe.runtime.tune import Tuning
@@ -48,6 +49,32 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     found = _find(op)
     problem, device, requested = found.describe(*args, **kwargs)
     return backend.explain(found.name, found.backends, problem, Device.of(device), requested)
+
+
+def bind(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> BoundCall:
+    """A call that is made over and over with the same tensors, as in a decoding loop.
+
+    Checks the call, compiles what it needs, and launches nothing. The result is called without
+    arguments: it launches what the call would, on torch's current stream, with what the tensors
+    hold then. As for a CUDA graph their memory must stay where it is; they are kept alive, with
+    the results and scratch memory where none were given, which every call writes again.
+
+    Args:
+        op: name of a public op, or the function itself.
+        *args, **kwargs: the arguments of the call.
+
+    Raises:
+        InvalidCall: the call itself is malformed, or the op does not exist.
+        Unsupported: no back end runs this here; the message has every reason.
+
+    >>> logits = torch.tensor([[0.0, 4.0, 1.0]])
+    >>> step = bind("route", logits, 1)
+    >>> logits[0, 2] = 9.0
+    >>> step()[0].tolist()
+    [[2]]
+    """
+    found = _find(op)
+    return bound(found, *args, **kwargs)
 
 
 def tuning(op: str, backend_name: str) -> Tuning | None:

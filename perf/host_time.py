@@ -2,8 +2,8 @@
 
 `python perf/host_time.py` makes small calls of every op on the GPU, and prints a json line each:
 the best of 3 x 8 rounds of 200 calls, of calls that are recalled (`cutemoe/runtime/recall.py`) and
-of calls that are checked, which an address off 16 bytes makes them. torch's own `add_` is the
-measure of a host: they differ by a factor of two and more.
+of calls that are checked, which an address off 16 bytes makes them, and of bound ones. torch's own
+`add_` is the measure of a host: they differ by a factor of two and more.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import machine
 import torch
 
 import cutemoe
+from cutemoe import bind
 from cutemoe.runtime import driver, replay
 
 CALLS = 200
@@ -46,7 +47,11 @@ def off(x: torch.Tensor) -> torch.Tensor:
     return flat.view(x.shape).copy_(x)
 
 
-def gdn(device: torch.device, backend: str) -> Iterator[tuple[str, Callable[[], Any], Any]]:
+# name of an op, a call of it, one that is checked, and its bound call
+Timed = Iterator[tuple[str, Callable[[], Any], Callable[[], Any], Callable[[], Any]]]
+
+
+def gdn(device: torch.device, backend: str) -> Timed:
     """Decoding of one token and verification of four, 4 sequences, 32 heads of 128."""
     B, HQ, HV, D = 4, 16, 32, 128
     for name, T in (("gdn_decode", 1), ("gdn_verify", 4)):
@@ -71,10 +76,10 @@ def gdn(device: torch.device, backend: str) -> Iterator[tuple[str, Callable[[], 
             return function(q, k, v, state=state, a=a, b=b, A_log=A_log, dt_bias=dt_bias,
                             state_indices=slots, out=out, backend=backend, **more)  # fmt: skip
 
-        yield name, call, partial(call, slots=off(slots))
+        yield name, call, partial(call, slots=off(slots)), call(function=partial(bind, function))
 
 
-def layer(device: torch.device, backend: str) -> Iterator[tuple[str, Callable[[], Any], Any]]:
+def layer(device: torch.device, backend: str) -> Timed:
     """A layer of 8 experts with its workspace, and its first GEMM."""
     T, H, I, E, K = 4, 256, 256, 8, 2  # noqa: E741
     w13 = cutemoe.quantize(torch.randn(E, 2 * I, H, device=device), "mxfp4")
@@ -85,23 +90,24 @@ def layer(device: torch.device, backend: str) -> Iterator[tuple[str, Callable[[]
     out = torch.empty_like(x)
     scratch = cutemoe.Workspace.for_moe(moe, T, K)
 
-    def fused(ids=ids):
-        return cutemoe.fused_moe(
-            x, moe, ids, weights, out=out, workspace=scratch, backend=backend
-        )  # fmt: skip
+    def fused(ids=ids, function=cutemoe.fused_moe):
+        return function(x, moe, ids, weights, out=out, workspace=scratch, backend=backend)
 
-    yield "fused_moe", fused, partial(fused, ids=off(ids))
+    bound = fused(function=partial(bind, cutemoe.fused_moe))
+    yield "fused_moe", fused, partial(fused, ids=off(ids)), bound
     packed = cutemoe.prepare_grouped_gemm(w13, backend=backend)
     offsets = torch.tensor([0, 1, 1, 2, 3, 3, 3, 4, 4], dtype=torch.int32, device=device)
     y = torch.empty(T, 2 * I, dtype=torch.bfloat16, device=device)
 
-    def gemm(offsets=offsets):
-        return cutemoe.grouped_gemm(x, packed, offsets, out=y, backend=backend)
+    def gemm(offsets=offsets, function=cutemoe.grouped_gemm):
+        return function(x, packed, offsets, out=y, backend=backend)
 
-    yield "grouped_gemm", gemm, partial(gemm, offsets=off(offsets))
+    bound = gemm(function=partial(bind, cutemoe.grouped_gemm))
+    yield "grouped_gemm", gemm, partial(gemm, offsets=off(offsets)), bound
     if backend == "triton":
         logits = torch.randn(T, E, device=device)
-        yield "route", partial(cutemoe.route, logits, K), partial(cutemoe.route, off(logits), K)
+        route = partial(cutemoe.route, logits, K)
+        yield "route", route, partial(cutemoe.route, off(logits), K), bind("route", logits, K)
 
 
 def driver_alone(device: torch.device) -> Callable[[], Any]:
@@ -136,20 +142,21 @@ def main(argv: list[str] | None = None) -> int:
         alone = microseconds(driver_alone(device), args.rounds, device)
         print(json.dumps({"call": "driver alone", "us": round(alone, 2), **where}), flush=True)
     calls = {
-        (name, backend): (call, checked)
+        (name, backend): timed
         for backend in args.backends.split(",")
         for cases in (gdn, layer)
-        for name, call, checked in cases(device, backend)
+        for name, *timed in cases(device, backend)
     }
-    best = dict.fromkeys(calls, (math.inf, math.inf))
+    best = {key: [math.inf] * 3 for key in calls}
     # a host may be slow for a second
     for _ in range(PASSES):
-        for key, pair in calls.items():
-            us, us_checked = (microseconds(c, args.rounds, device) for c in pair)
-            best[key] = min(best[key][0], us), min(best[key][1], us_checked)
-    for (name, backend), (us, us_checked) in best.items():
+        for key, timed in calls.items():
+            found = [microseconds(c, args.rounds, device) for c in timed]
+            best[key] = [*map(min, best[key], found)]
+    for (name, backend), (us, us_checked, us_bound) in best.items():
         line = {"call": name, "backend": backend, "us": round(us, 2),
-                "us_checked": round(us_checked, 2), **where}  # fmt: skip
+                "us_checked": round(us_checked, 2), "us_bound": round(us_bound, 2),
+                **where}  # fmt: skip
         print(json.dumps(line), flush=True)
     return 0
 

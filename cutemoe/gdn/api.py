@@ -13,7 +13,7 @@ from cutemoe.gdn.draft import GDNDraft
 from cutemoe.gdn.problem import Problem, pack_gates
 from cutemoe.runtime.op import Op
 from cutemoe.runtime.recall import Recall
-from cutemoe.runtime.replay import Again
+from cutemoe.runtime.replay import Again, distinct
 
 FOLDS = ("auto", "always")
 _DECODED, _VERIFIED = Recall(), Recall()
@@ -287,5 +287,17 @@ def _describe_verify(*args: Any, **kwargs: Any) -> tuple[Problem, torch.device, 
     return op.verify_problem(*call), call[0].device, call[-1]
 
 
-GDN_DECODE = Op("gdn_decode", plan.DECODE, _describe_decode)
-GDN_VERIFY = Op("gdn_verify", plan.VERIFY, _describe_verify)
+def _bind_decode(*args: Any, **kwargs: Any) -> tuple[Again | None, list[torch.Tensor], Any]:
+    call = _decode_call(*args, **kwargs)
+    tensors = distinct(call)
+    return op.bind_decode(tensors, *call), tensors, call[7]
+
+
+def _bind_verify(*args: Any, **kwargs: Any) -> tuple[Again | None, list[torch.Tensor], Any]:
+    call = _verify_call(*args, **kwargs)
+    tensors = distinct(call)
+    return op.bind_verify(tensors, *call), tensors, call[12]
+
+
+GDN_DECODE = Op("gdn_decode", plan.DECODE, _describe_decode, _bind_decode)
+GDN_VERIFY = Op("gdn_verify", plan.VERIFY, _describe_verify, _bind_verify)

@@ -19,7 +19,7 @@ from cutemoe.runtime.backend import Backend, choose
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import Op, define
 from cutemoe.runtime.recall import Recall
-from cutemoe.runtime.replay import Again, with_scratch
+from cutemoe.runtime.replay import Again, distinct, with_scratch
 
 __all__ = ["GROUPED_GEMM", "PreparedGroupedGemm", "grouped_gemm", "prepare_grouped_gemm"]
 
@@ -60,28 +60,36 @@ def grouped_gemm(
     >>> grouped_gemm(x, w, torch.tensor([0, 1, 3], dtype=torch.int32)).tolist()
     [[4.0], [8.0], [8.0]]
     """
-    weight, t = None, None
+    t, requested, kind = None, backend, None
     if type(w) is PreparedGroupedGemm:
-        weight, asked = w.weight, (w.activations, w.backend, backend)
+        weight, kind = w.weight, (w.activations, w.backend)
     else:
-        t, asked = _tensors(x, w, group_offsets, x_scale, out, backend)
+        t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
         weight, out = t.w, t.out
     own, weights = weight.signature
-    words = (getattr(x, "shape", None), own, asked, type(backend), x_scale is None, out is None)
+    words = (
+        getattr(x, "shape", None), own, kind, requested, type(requested), x_scale is None,
+        out is None,
+    )  # fmt: skip
     tensors = [x, group_offsets, *weights, *[p for p in (x_scale, out) if p is not None]]
     recalls = not torch.compiler.is_compiling()
     if recalls and (found := _KNOWN.find(words, tensors)):
         return _again(*found, tensors, weight.shape[1], x, out)
     if t is None:
-        t, asked = _tensors(x, w, group_offsets, x_scale, out, backend)
-    form = (t.w.format, t.w.layout, t.w.group_size)
-    parts = (t.x, t.offsets, t.x_scale, t.out, t.w.data, t.w.scale, t.w.factor)
-    call = (*parts, *form, list(t.w.shape), asked)
+        t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
+    call = _operands(t, requested)
     _grouped_gemm(*call)
     if recalls:
         roles = tensors if out is not None else [*tensors, t.out]
         _KNOWN.keep(words, tensors, partial(_bind, roles, *call))
     return t.out
+
+
+def _operands(t: GemmTensors, requested: str) -> tuple[Any, ...]:
+    """The arguments of the operator."""
+    form = (t.w.format, t.w.layout, t.w.group_size)
+    parts = (t.x, t.offsets, t.x_scale, t.out, t.w.data, t.w.scale, t.w.factor)
+    return (*parts, *form, list(t.w.shape), requested)
 
 
 def _again(
@@ -217,4 +225,19 @@ def _describe(
     return GemmProblem.of(t), t.x.device, requested
 
 
-GROUPED_GEMM = Op("grouped_gemm", BACKENDS, _describe)
+def _bind_call(
+    x: torch.Tensor,
+    w: Weights,
+    group_offsets: torch.Tensor,
+    *,
+    x_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Again | None, list[torch.Tensor], Any]:
+    t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
+    call = _operands(t, requested)
+    tensors = distinct(call)
+    return _bind(tensors, *call), tensors, t.out
+
+
+GROUPED_GEMM = Op("grouped_gemm", BACKENDS, _describe, _bind_call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from cutemoe.moe.tensors import MoETensors
 from cutemoe.moe.workspace import Workspace
 from cutemoe.runtime.op import Op
 from cutemoe.runtime.recall import Recall
+from cutemoe.runtime.replay import Again, distinct
 
 __all__ = ["FUSED_MOE", "ROUTE", "fused_moe", "prepare_moe", "route"]
 
@@ -85,7 +87,7 @@ def route(
     call = (logits, bias, top_k, method, renormalize, n_group, topk_group, float(scale), backend)
     results = operator.route(*call)
     if words:
-        _ROUTED.keep(words, tensors, partial(operator.bind_route, tensors, *call))
+        _ROUTED.keep(words, tensors, lambda: operator.bind_route(*call)[0])
     return results
 
 
@@ -139,7 +141,22 @@ def _describe_route(
     return problem, logits.device, backend
 
 
-ROUTE = Op("route", ROUTE_BACKENDS, _describe_route)
+def _bind_route(
+    logits: torch.Tensor, top_k: int, **options: Any
+) -> tuple[Again | None, list[torch.Tensor], Any]:
+    given = inspect.signature(route).bind(logits, top_k, **options)
+    given.apply_defaults()
+    o = given.arguments
+    names = ("top_k", "method", "renormalize", "bias", "n_group", "topk_group", "scale", "backend")
+    _check_route(logits, *[o[name] for name in names])
+    again, tensors = operator.bind_route(
+        logits, o["bias"], *[o[name] for name in names[:3]], o["n_group"], o["topk_group"],
+        float(o["scale"]), o["backend"],
+    )  # fmt: skip
+    return again, tensors, tuple(tensors[-2:])
+
+
+ROUTE = Op("route", ROUTE_BACKENDS, _describe_route, _bind_route)
 
 
 def fused_moe(
@@ -326,4 +343,20 @@ def _describe(
     return problem, x.device, requested
 
 
-FUSED_MOE = Op("fused_moe", BACKENDS, _describe)
+def _bind(*args: Any, **options: Any) -> tuple[Again | None, list[torch.Tensor], Any]:
+    given = inspect.signature(fused_moe).bind(*args, **options)
+    given.apply_defaults()
+    o = given.arguments
+    names = ("expert_offset", "deterministic", "rounding")
+    _check_options(*[o[name] for name in (*names, "backend")])
+    operands = ("x", "moe", "ids", "weights", "activation", "out", "workspace", "backend")
+    t, requested = _tensors(*[o[name] for name in operands])
+    call = (
+        *operator.operands(t, o["moe"]), kind(o["activation"]), *[o[name] for name in names],
+        requested,
+    )  # fmt: skip
+    tensors = distinct(call)
+    return operator.bind(tensors, *call), tensors, t.out
+
+
+FUSED_MOE = Op("fused_moe", BACKENDS, _describe, _bind)

@@ -22,7 +22,7 @@ from cutemoe.moe.workspace import layout_of
 from cutemoe.runtime.backend import Backend, choose
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import define
-from cutemoe.runtime.replay import Again, with_scratch
+from cutemoe.runtime.replay import Again, distinct, with_scratch
 
 
 def route_call(
@@ -66,16 +66,15 @@ def _run_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return t.ids, t.weights
 
 
-def bind_route(tensors: list[torch.Tensor], *args: Any) -> Again | None:
-    """What makes calls that differ from this one by these tensors alone, which ids and weights
-    follow; None of no tokens."""
+def bind_route(*args: Any) -> tuple[Again | None, list[torch.Tensor]]:
+    """What makes calls that differ from this one by these tensors alone, ids and weights the last
+    of them; None of no tokens."""
     *call, backend = args
     problem, t = route_call(*call)
-    if not problem.tokens:
-        return None
     device = Device.of(t.logits.device)
     chosen = choose("route", ROUTE_BACKENDS, problem, device, backend)
-    return chosen.again(problem, device, t, [*tensors, t.ids, t.weights])
+    tensors = distinct([t.logits, t.bias, t.ids, t.weights])
+    return chosen.again(problem, device, t, tensors) if problem.tokens else None, tensors
 
 
 def _fake_route(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

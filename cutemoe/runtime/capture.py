@@ -12,6 +12,7 @@ dependent launch) shows in the edge between them and nowhere else.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from cutemoe.runtime import driver
 from cutemoe.runtime.driver import Launch
 
+_LOG = logging.getLogger(__name__)
 # of cuda.h: a kind of stream, a mode of capturing, types of a node and an edge, attributes
 _NON_BLOCKING = 1
 _RELAXED = 2
@@ -49,6 +51,9 @@ def launch_of(kernel: Callable[..., None], args: tuple[Any, ...]) -> Launch | No
         return None
     try:
         graph = _captured(lib, stream, lambda: kernel(*args))
+    except Exception as e:  # whatever a launcher does that must not be captured
+        _LOG.warning("launches of %s are not recorded: %s", kernel, e)
+        return None
     finally:
         lib.cuStreamDestroy_v2(stream)
     if graph is None:

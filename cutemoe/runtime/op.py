@@ -14,6 +14,7 @@ import torch
 
 from cutemoe.runtime.backend import Backend
 from cutemoe.runtime.device import target
+from cutemoe.runtime.replay import Again
 
 _LIBRARY = torch.library.Library("cutemoe", "DEF")
 
@@ -27,11 +28,14 @@ class Op:
         backends: in order of preference, the reference last.
         describe: takes the arguments of the public function, validates them as the call would, and
             returns the problem, the device it runs on and the requested back end.
+        bind: takes them too, launches nothing, and returns what makes the call again, the tensors
+            it takes, and what the call returns.
     """
 
     name: str
     backends: tuple[Backend, ...]
     describe: Callable[..., tuple[Any, torch.device, str]]
+    bind: Callable[..., tuple[Again | None, list[torch.Tensor], Any]]
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:

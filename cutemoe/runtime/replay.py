@@ -16,6 +16,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ from cutemoe.runtime.driver import Launch
 
 # makes a call again: its tensors in one order, and their addresses
 Again = Callable[[Sequence[torch.Tensor], Sequence[int]], None]
+
+
+def distinct(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists and tuples, each once."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    found: dict[int, torch.Tensor] = {}
+    if isinstance(values, (list, tuple)):
+        for part in values:
+            found |= {id(t): t for t in distinct(part)}
+    return list(found.values())
 
 
 class _Recording(threading.local):
@@ -68,7 +80,7 @@ class Replay:
     ) -> None:
         """Takes launches of a device, each with (offset of an address, role, bytes behind)."""
         self._launches = [x for x in launches if all(x[0].sizes[:3])]
-        self._index = index
+        self.index = index
         # a launch is written into memory that no other thread writes to
         self._threads = threading.local()
 
@@ -95,13 +107,22 @@ class Replay:
             blocks = self._threads.blocks
         except AttributeError:
             blocks = self._threads.blocks = [self._block(*x) for x in self._launches]
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
         for words, moves, run, given in blocks:
             for at, role, behind in moves:
                 words[at] = addresses[role] + behind
             words[driver.STREAM] = stream
             if code := run(*given):
-                driver.again(run, given, code, self._index)
+                driver.again(run, given, code, self.index)
+
+    def blocks(self, addresses: Sequence[int]) -> list[tuple[Any, ...]]:
+        """Of every launch with these addresses its words, the driver's function, its arguments."""
+        found = []
+        for words, moves, run, given in [self._block(*x) for x in self._launches]:
+            for at, role, behind in moves:
+                words[at] = addresses[role] + behind
+            found.append((words, run, given))
+        return found
 
     @staticmethod
     def _block(launch: Launch, places: Sequence[tuple[int, int, int]]) -> tuple[Any, ...]:
@@ -140,16 +161,72 @@ def replayed(run: Callable[[], None], roles: Sequence[torch.Tensor]) -> Replay |
     return Replay.of(launches, roles, torch._C._cuda_getDevice())
 
 
+class _WithScratch:
+    """A call that gets one more tensor behind the others: so many bytes of new memory."""
+
+    def __init__(self, again: Again, nbytes: int, device: torch.device) -> None:
+        self.again, self.nbytes, self.device = again, nbytes, device
+
+    def __call__(self, tensors: Sequence[torch.Tensor], addresses: Sequence[int]) -> None:
+        scratch = self.scratch()
+        self.again([*tensors, scratch], [*addresses, scratch.data_ptr()])
+
+    def scratch(self) -> torch.Tensor:
+        return torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+
+
 def with_scratch(again: Again | None, nbytes: int, device: torch.device) -> Again | None:
     """The same with one more tensor behind the others: so many bytes of new memory."""
-    if again is None:
-        return None
+    return None if again is None else _WithScratch(again, nbytes, device)
 
-    def run(tensors: Sequence[torch.Tensor], addresses: Sequence[int]) -> None:
-        scratch = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        again([*tensors, scratch], [*addresses, scratch.data_ptr()])
+
+def fixed(again: Again | None, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A function that makes the call with these tensors, which it keeps, where they are now."""
+    if again is None:
+        return lambda: None
+    if isinstance(again, _WithScratch):
+        return fixed(again.again, [*tensors, again.scratch()])
+    addresses = [t.data_ptr() for t in tensors]
+    if isinstance(again, Replay):
+        return Fixed(again, tensors, addresses)
+    device = tensors[0].device
+    if device.type != "cuda":
+        return partial(again, tensors, addresses)
+
+    def run() -> None:
+        with torch.cuda.device(device):
+            again(tensors, addresses)
 
     return run
+
+
+class Fixed:
+    """The launches of a Replay with the same tensors every time: nothing is written but the
+    stream."""
+
+    def __init__(
+        self, replay: Replay, tensors: Sequence[torch.Tensor], addresses: Sequence[int]
+    ) -> None:
+        self._replay, self._tensors, self._addresses = replay, tensors, addresses
+        self._index = replay.index
+        self._threads = threading.local()
+
+    def __call__(self) -> None:
+        """Makes the launches on torch's current stream of their device."""
+        try:
+            blocks = self._threads.blocks
+        except AttributeError:
+            blocks = self._threads.blocks = self._replay.blocks(self._addresses)
+        index = self._index
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                self()
+            return
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        for words, run, given in blocks:
+            words[driver.STREAM] = stream
+            if code := run(*given):
+                driver.again(run, given, code, index)
 
 
 def rebuilt(value: Any, roles: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], Any]:

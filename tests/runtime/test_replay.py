@@ -154,15 +154,45 @@ def test_other_threads_launch_while_one_records(fake: FakeDriver) -> None:
     assert not noted and len(fake.launches) == 2
 
 
-def test_an_error_ends_a_recording(fake: FakeDriver) -> None:
+def test_a_launcher_that_fails_is_not_replayed(
+    fake: FakeDriver, caplog: pytest.LogCaptureFixture
+) -> None:
     def fails(*_: Any) -> None:
+        raise ValueError("not while capturing")
+
+    t = call_of(16)
+    assert replay.replayed(partial(replay.call, fails, t.x), t) is None
+    assert "not while capturing" in caplog.text
+
+
+def test_an_error_ends_a_recording(fake: FakeDriver) -> None:
+    def fails() -> None:
         raise ValueError
 
     t = call_of(16)
     with pytest.raises(ValueError):
-        replay.replayed(partial(replay.call, fails, t.x), t)
-    assert fake.nodes is None
+        replay.replayed(fails, t)
     assert len(launches(fake, partial(run, fake, t))) == 2
+
+
+def test_fixed_launches_keep_their_tensors(fake: FakeDriver) -> None:
+    """With what their scratch memory was at first, whatever other calls do."""
+    first, other = call_of(16), call_of(32)
+    made = replay.replayed(partial(run, fake, first), first)
+    want = launches(fake, partial(run, fake, first))
+    step = replay.fixed(made, first)
+    assert isinstance(step, replay.Fixed)
+    alive = weakref.ref(first.x.untyped_storage())
+    del first
+    for _ in range(2):
+        assert launches(fake, step) == want
+        assert launches(fake, again(made, other)) != want
+    gc.collect()
+    assert alive() is not None
+    nbytes = other.scratch.numel()
+    scratched = replay.with_scratch(made, nbytes, torch.device("cpu"))
+    step = replay.fixed(scratched, other[:2])
+    assert launches(fake, step) == launches(fake, step) and len(fake.launches) == 2
 
 
 def test_an_empty_grid_is_not_launched(fake: FakeDriver) -> None:
