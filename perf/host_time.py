@@ -22,7 +22,6 @@ import torch
 
 import cutemoe
 from cutemoe import bind
-from cutemoe.runtime import driver, replay
 
 CALLS = 200
 PASSES = 3
@@ -110,18 +109,6 @@ def layer(device: torch.device, backend: str) -> Timed:
         yield "route", route, partial(cutemoe.route, off(logits), K), bind("route", logits, K)
 
 
-def driver_alone(device: torch.device) -> Callable[[], Any]:
-    """The launch of `route` by the driver's function, called through ctypes."""
-    logits = off(torch.randn(4, 8, device=device))
-    cutemoe.route(logits, 2)
-    with replay.recording() as launches:
-        cutemoe.route(logits, 2)
-    launch: Any = launches[0]
-    block, run = driver.Block(launch), driver.library().cuLaunchKernelEx
-    # the block is not owned by what the driver is given
-    return lambda block=block, launch=launch: run(*block.given)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints a line for each op and back end."""
     p = argparse.ArgumentParser(prog="python perf/host_time.py", description=__doc__)
@@ -138,9 +125,6 @@ def main(argv: list[str] | None = None) -> int:
     one = torch.zeros(8, device=device)
     add = microseconds(lambda: one.add_(1), args.rounds, device)
     print(json.dumps({"call": "torch add_", "us": round(add, 2), **where}), flush=True)
-    if device.type == "cuda":
-        alone = microseconds(driver_alone(device), args.rounds, device)
-        print(json.dumps({"call": "driver alone", "us": round(alone, 2), **where}), flush=True)
     calls = {
         (name, backend): timed
         for backend in args.backends.split(",")

@@ -19,7 +19,7 @@ NAMES = tuple(ACTIVATIONS.values())
 
 @dataclass(frozen=True, eq=False)
 class PreparedGroupedGemm:
-    """Weights [G, N, Kdim] ready for `grouped_gemm`; immutable.
+    """Weights [G, N, Kdim] ready for `grouped_gemm`; immutable, without caches.
 
     Attributes:
         weight: the packed weights.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,6 +19,15 @@ HOPPER = sm90_rs_w4.COMPUTE
 # codes in rows, scales as the block-scaled MMA of SM120 reads them
 SM120 = "sm120_fp4"
 LAYOUTS = ("rows", *PACKED, *HOPPER, SM120)
+
+
+Signature = tuple[tuple[object, ...], list[torch.Tensor]]
+
+
+def signature(words: tuple[object, ...], parts: Sequence[torch.Tensor | None]) -> Signature:
+    """Words and which tensors are missing, and those that are not."""
+    absent = [p is None for p in parts]
+    return (*words, *absent), [p for p in parts if p is not None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +48,7 @@ class PackedWeight:
         group_size: values of the last dimension that share a scale; None if dense or fp8.
         shape: (G, N, Kdim) of the values.
         order: of the rows in layouts "sm90_rs_w4..": "plain", or how gates and ups were given.
+        signature: what is no tensor of it, and its tensors, for `runtime.recall`.
     """
 
     data: torch.Tensor
@@ -49,6 +59,12 @@ class PackedWeight:
     group_size: int | None
     shape: tuple[int, int, int]
     order: str = "plain"
+    signature: Signature = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        words = (self.format, self.layout, self.group_size, self.shape, self.order)
+        parts = (self.data, self.scale, self.factor)
+        object.__setattr__(self, "signature", signature(words, parts))
 
     @staticmethod
     def of(
@@ -84,14 +100,6 @@ class PackedWeight:
             raise invalid(argument, "bfloat16 or float16 values", w.dtype, fix)
         data = w.detach().to(device or w.device).contiguous()
         return PackedWeight(data, None, None, DENSE[w.dtype], "rows", None, shape)
-
-    @cached_property
-    def signature(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
-        """What is no tensor of it, and its tensors, for `runtime.recall`."""
-        words = (self.format, self.layout, self.group_size, self.shape, self.order)
-        parts = (self.data, self.scale, self.factor)
-        absent = [p is None for p in parts]
-        return (*words, *absent), [p for p in parts if p is not None]
 
     @property
     def device(self) -> torch.device:

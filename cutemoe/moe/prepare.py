@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from cutemoe.errors import invalid
 from cutemoe.formats import QuantizedTensor, nvfp4
 from cutemoe.gemm.prepare import check_backend, check_dense, check_device, pack_checked
-from cutemoe.gemm.weight import PackedWeight
+from cutemoe.gemm.weight import PackedWeight, Signature, signature
 from cutemoe.moe.plan import BACKENDS
 from cutemoe.moe.problem import ACTIVATIONS, GATE_UP
 
@@ -19,7 +18,7 @@ Scale = float | torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class PreparedMoE:
-    """The weights of E local experts, ready for `fused_moe`; immutable.
+    """The weights of E local experts, ready for `fused_moe`; immutable, without caches.
 
     Attributes:
         w13, w2: packed weights [E, 2I, H] (ungated [E, I, H]) and [E, H, I].
@@ -27,6 +26,7 @@ class PreparedMoE:
         input_scale1, input_scale2: float32 [E], or None (see `prepare_moe`).
         activations, gate_up: as given.
         backend: what a call with backend="auto" asks for.
+        signature: what is no tensor of it, and its tensors, for `runtime.recall`.
     """
 
     w13: PackedWeight
@@ -38,15 +38,13 @@ class PreparedMoE:
     activations: str
     gate_up: str
     backend: str
+    signature: Signature = field(init=False, repr=False)
 
-    @cached_property
-    def signature(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
-        """What is no tensor of it, and its tensors, for `runtime.recall`."""
+    def __post_init__(self) -> None:
         (words13, tensors13), (words2, tensors2) = self.w13.signature, self.w2.signature
+        words = (words13, words2, self.activations, self.gate_up, self.backend)
         small = (self.b13, self.b2, self.input_scale1, self.input_scale2)
-        absent = [t is None for t in small]
-        words = (words13, words2, self.activations, self.gate_up, self.backend, *absent)
-        return words, [*tensors13, *tensors2, *[t for t in small if t is not None]]
+        object.__setattr__(self, "signature", signature(words, (*tensors13, *tensors2, *small)))
 
     @property
     def experts(self) -> int:

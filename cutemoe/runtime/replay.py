@@ -245,7 +245,8 @@ def rebuilt(value: Any, roles: Sequence[torch.Tensor]) -> Callable[[Sequence[tor
         make = getattr(value, "_make", tuple)
         return lambda tensors: make([part(tensors) for part in parts])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: rebuilt(getattr(value, f.name), roles) for f in dataclasses.fields(value)}
+        names = [f.name for f in dataclasses.fields(value) if f.init]
+        fields = {name: rebuilt(getattr(value, name), roles) for name in names}
         return lambda tensors: dataclasses.replace(
             value, **{name: part(tensors) for name, part in fields.items()}
         )
