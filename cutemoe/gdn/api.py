@@ -12,7 +12,7 @@ from cutemoe.gdn import op, plan
 from cutemoe.gdn.draft import GDNDraft
 from cutemoe.gdn.problem import Problem, pack_gates
 from cutemoe.runtime.op import Op
-from cutemoe.runtime.recall import Recall
+from cutemoe.runtime.recall import Recall, again
 from cutemoe.runtime.replay import Again, distinct
 
 FOLDS = ("auto", "always")
@@ -94,7 +94,7 @@ def gdn_decode(
         optional = (state_indices, intermediate_states, intermediate_indices, out)
         tensors = [q, k, v, *gates, state, *[x for x in optional if x is not None]]
         if found := _DECODED.find(words, tensors):
-            return _again(*found, tensors, v, out)
+            return again(*found, tensors, v, out)
     call = _decode_call(
         q, k, v, state=state, a=a, b=b, A_log=A_log, dt_bias=dt_bias, g=g, beta=beta,
         state_indices=state_indices, scale=scale, qk_l2norm=qk_l2norm, update_state=update_state,
@@ -106,22 +106,6 @@ def gdn_decode(
         roles = tensors if out is not None else [*tensors, call[7]]
         _DECODED.keep(words, tensors, partial(op.bind_decode, roles, *call))
     return call[7]
-
-
-def _again(
-    launch: Again,
-    addresses: list[int],
-    tensors: list[torch.Tensor],
-    v: torch.Tensor,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    """Makes a call that is known; returns out."""
-    if out is None:
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        tensors.append(out)
-        addresses.append(out.data_ptr())
-    launch(tensors, addresses)
-    return out
 
 
 def gdn_verify(
@@ -183,7 +167,7 @@ def gdn_verify(
         optional = [x for x in (state_indices, out) if x is not None]
         tensors = [q, k, v, *gates, state, num_accepted, *draft.tensors, *optional]
         if found := _VERIFIED.find(words, tensors):
-            return _again(*found, tensors, v, out)
+            return again(*found, tensors, v, out)
     call = _verify_call(
         q, k, v, state=state, draft=draft, num_accepted=num_accepted, a=a, b=b, A_log=A_log,
         dt_bias=dt_bias, g=g, beta=beta, state_indices=state_indices, scale=scale,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -225,16 +226,10 @@ def _describe(
     return GemmProblem.of(t), t.x.device, requested
 
 
-def _bind_call(
-    x: torch.Tensor,
-    w: Weights,
-    group_offsets: torch.Tensor,
-    *,
-    x_scale: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Again | None, list[torch.Tensor], Any]:
-    t, requested = _tensors(x, w, group_offsets, x_scale, out, backend)
+def _bind_call(*args: Any, **options: Any) -> tuple[Again | None, list[torch.Tensor], Any]:
+    given = inspect.signature(grouped_gemm).bind(*args, **options)
+    given.apply_defaults()
+    t, requested = _tensors(**given.arguments)
     call = _operands(t, requested)
     tensors = distinct(call)
     return _bind(tensors, *call), tensors, t.out

@@ -19,7 +19,7 @@ from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.tensors import MoETensors
 from cutemoe.moe.workspace import Workspace
 from cutemoe.runtime.op import Op
-from cutemoe.runtime.recall import Recall
+from cutemoe.runtime.recall import Recall, again
 from cutemoe.runtime.replay import Again, distinct
 
 __all__ = ["FUSED_MOE", "ROUTE", "fused_moe", "prepare_moe", "route"]
@@ -149,11 +149,11 @@ def _bind_route(
     o = given.arguments
     names = ("top_k", "method", "renormalize", "bias", "n_group", "topk_group", "scale", "backend")
     _check_route(logits, *[o[name] for name in names])
-    again, tensors = operator.bind_route(
+    routes, tensors = operator.bind_route(
         logits, o["bias"], *[o[name] for name in names[:3]], o["n_group"], o["topk_group"],
         float(o["scale"]), o["backend"],
     )  # fmt: skip
-    return again, tensors, tuple(tensors[-2:])
+    return routes, tensors, tuple(tensors[-2:])
 
 
 ROUTE = Op("route", ROUTE_BACKENDS, _describe_route, _bind_route)
@@ -233,13 +233,7 @@ def fused_moe(
         if workspace is not None:
             tensors.append(getattr(workspace, "buffer", None))
         if found := _KNOWN.find(words, tensors):
-            launch, addresses = found
-            if out is None:
-                out = torch.empty_like(x, memory_format=torch.contiguous_format)
-                tensors.append(out)
-                addresses.append(out.data_ptr())
-            launch(tensors, addresses)
-            return out
+            return again(*found, tensors, x, out)
     _check_options(expert_offset, deterministic, rounding, backend)
     t, requested = _tensors(x, moe, ids, weights, activation, out, workspace, backend)
     options = (expert_offset, deterministic, rounding, requested)

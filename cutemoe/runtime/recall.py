@@ -144,6 +144,22 @@ class Recall:
         self._seen.clear()
 
 
+def again(
+    launch: Again,
+    addresses: list[int],
+    tensors: list[torch.Tensor],
+    like: torch.Tensor,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Makes a call that was found; returns out, a contiguous one like `like` if none is given."""
+    if out is None:
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        tensors.append(out)
+        addresses.append(out.data_ptr())
+    launch(tensors, addresses)
+    return out
+
+
 def _captures() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
