@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cutemoe
-from cutemoe.runtime import replay
+from cutemoe.runtime import capture
 from cutemoe.runtime.backend import Backend
 from tests import strategies as draw
 from tests.close import assert_same
@@ -162,5 +162,5 @@ def test_a_malformed_call_is_refused() -> None:
 
 def test_the_tensors_of_nested_lists_each_once() -> None:
     a, b = torch.zeros(1), torch.zeros(1)
-    found = replay.distinct([a, (b, [a, 3, None]), "x"])
+    found = capture.distinct([a, (b, [a, 3, None]), "x"])
     assert len(found) == 2 and found[0] is a and found[1] is b

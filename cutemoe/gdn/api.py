@@ -11,9 +11,10 @@ from cutemoe.errors import InvalidCall, invalid
 from cutemoe.gdn import op, plan
 from cutemoe.gdn.draft import GDNDraft
 from cutemoe.gdn.problem import Problem, pack_gates
+from cutemoe.runtime.capture import distinct
 from cutemoe.runtime.op import Op
 from cutemoe.runtime.recall import Recall, again
-from cutemoe.runtime.replay import Again, distinct
+from cutemoe.runtime.replay import Again
 
 FOLDS = ("auto", "always")
 _DECODED, _VERIFIED = Recall(), Recall()

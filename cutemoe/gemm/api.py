@@ -17,10 +17,11 @@ from cutemoe.gemm.problem import ACTIVATIONS, OUTPUTS, GemmProblem
 from cutemoe.gemm.tensors import GemmTensors, tile_bytes
 from cutemoe.gemm.weight import PackedWeight
 from cutemoe.runtime.backend import Backend, choose
+from cutemoe.runtime.capture import distinct
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import Op, define
 from cutemoe.runtime.recall import Recall
-from cutemoe.runtime.replay import Again, distinct, with_scratch
+from cutemoe.runtime.replay import Again, with_scratch
 
 __all__ = ["GROUPED_GEMM", "PreparedGroupedGemm", "grouped_gemm", "prepare_grouped_gemm"]
 

@@ -18,9 +18,10 @@ from cutemoe.moe.problem import Problem
 from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.tensors import MoETensors
 from cutemoe.moe.workspace import Workspace
+from cutemoe.runtime.capture import distinct
 from cutemoe.runtime.op import Op
 from cutemoe.runtime.recall import Recall, again
-from cutemoe.runtime.replay import Again, distinct
+from cutemoe.runtime.replay import Again
 
 __all__ = ["FUSED_MOE", "ROUTE", "fused_moe", "prepare_moe", "route"]
 

@@ -20,9 +20,10 @@ from cutemoe.moe.routing import RouteProblem
 from cutemoe.moe.tensors import MoETensors, RouteTensors
 from cutemoe.moe.workspace import layout_of
 from cutemoe.runtime.backend import Backend, choose
+from cutemoe.runtime.capture import distinct
 from cutemoe.runtime.device import Device
 from cutemoe.runtime.op import define
-from cutemoe.runtime.replay import Again, distinct, with_scratch
+from cutemoe.runtime.replay import Again, with_scratch
 
 
 def route_call(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +43,17 @@ class _Node(ctypes.Structure):
     )
 
 
+def distinct(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists and tuples, each once."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    found: dict[int, torch.Tensor] = {}
+    if isinstance(values, (list, tuple)):
+        for part in values:
+            found |= {id(t): t for t in distinct(part)}
+    return list(found.values())
+
+
 def launch_of(kernel: Callable[..., None], args: tuple[Any, ...]) -> Launch | None:
     """The launch of kernel(*args), which is not made; None where it cannot be read."""
     lib, stream = driver.library(), ctypes.c_void_p()
@@ -59,7 +70,7 @@ def launch_of(kernel: Callable[..., None], args: tuple[Any, ...]) -> Launch | No
     if graph is None:
         return None
     try:
-        return _read(lib, graph, kernel, list(_tensors(args)))
+        return _read(lib, graph, kernel, distinct(args))
     except AttributeError:  # a driver without one of the functions
         return None
     finally:
@@ -78,14 +89,6 @@ def _captured(lib: Any, stream: ctypes.c_void_p, launch: Callable[[], None]) -> 
         finally:
             failed = lib.cuStreamEndCapture(stream, ctypes.byref(graph))
     return None if failed else graph
-
-
-def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
-    for x in args:
-        if isinstance(x, torch.Tensor):
-            yield x
-        elif isinstance(x, tuple):
-            yield from _tensors(x)
 
 
 def _read(lib: Any, graph: Any, kernel: Any, tensors: list[torch.Tensor]) -> Launch | None:

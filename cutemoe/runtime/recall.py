@@ -125,7 +125,7 @@ class Recall:
             dynamic_dims_strides=[list(t.stride()) for t in tensors],
         ).check
         if len(self._known) >= self._size and words not in self._known:
-            del self._known[next(iter(self._known))]
+            self._known.pop(next(iter(self._known)), None)
         known = _Known(same, first.device.index, graded, settings.default_backend(), again)
         self._known[words] = (known, *alike[: _ALIKE - 1])
 
@@ -135,7 +135,7 @@ class Recall:
         if count < CALLS:
             self._seen[words] = count
         if len(self._seen) > self._size:
-            del self._seen[next(iter(self._seen))]
+            self._seen.pop(next(iter(self._seen)), None)
         return count
 
     def forget(self) -> None:

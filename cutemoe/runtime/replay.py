@@ -28,17 +28,6 @@ from cutemoe.runtime.driver import Launch
 Again = Callable[[Sequence[torch.Tensor], Sequence[int]], None]
 
 
-def distinct(values: Any) -> list[torch.Tensor]:
-    """The tensors in nested lists and tuples, each once."""
-    if isinstance(values, torch.Tensor):
-        return [values]
-    found: dict[int, torch.Tensor] = {}
-    if isinstance(values, (list, tuple)):
-        for part in values:
-            found |= {id(t): t for t in distinct(part)}
-    return list(found.values())
-
-
 class _Recording(threading.local):
     launches: list[Launch | None] | None = None
 
