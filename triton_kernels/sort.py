@@ -19,6 +19,8 @@ _FEW = 2048
 # ids ranked together, and most chunks
 _STEP = 128
 _CHUNKS = 128
+# counts of chunks that a program loads at once
+_COUNTS = 4096
 
 
 @launch.entry
@@ -101,6 +103,7 @@ def place_chunks(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     BINS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """What sort_slots does, from the counts of every chunk; program: chunk."""
@@ -108,14 +111,15 @@ def place_chunks(
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     bins = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
-    earlier = tl.zeros((BINS,), tl.int32)
-    for first in range(0, chunks, 8):
-        c = first + tl.arange(0, 8)[:, None]
+    sums = tl.zeros((AT_ONCE, BINS), tl.int32)
+    before = tl.zeros((AT_ONCE, BINS), tl.int32)
+    for first in range(0, chunks, AT_ONCE):
+        c = first + tl.arange(0, AT_ONCE)[:, None]
         mask = (c < chunks) & (bins < E)[None, :]
         counts = tl.load(counts_ptr + c * E + bins[None, :], mask=mask, other=0)
-        total += tl.sum(counts, 0)
-        earlier += tl.sum(tl.where(c < chunk, counts, 0), 0)
+        sums += counts
+        before += tl.where(c < chunk, counts, 0)
+    total, earlier = tl.sum(sums, 0), tl.sum(before, 0)
     starts = tl.cumsum(total, 0) - total
     for expert in range(chunk, E, chunks):
         start = tl.sum(tl.where(bins == expert, starts, 0))
@@ -273,6 +277,7 @@ def sort(
         TILE=tile,
         STEP=_STEP,
         BINS=bins,
+        AT_ONCE=max(1, min(16, _COUNTS // bins)),
         PDL=early,
         **launch.options(4, pdl=early),
     )

@@ -30,6 +30,11 @@ def bulk_copy(dst, src, nbytes, barrier, once):
     )
 
 
+def fence_async():
+    """What this thread sees of memory, its bulk copies see from here on."""
+    _do("fence.proxy.async;", "", ())
+
+
 def copy_16(dst, src, nbytes, left, least):
     """16 bytes to dst, of which nbytes come from global memory and the rest are zeros; nothing
     unless left > least, a number."""

@@ -5,11 +5,13 @@ A lane 4 g + t of warp w holds, of a block of 64 packed rows and a tile of token
 one output (layouts/sm90_rs_w4.py).
 """
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr, range_constexpr
 
 from cutemoe.gemm.cute_async import store_pair
 from cutemoe.gemm.cute_plan import Config
+from cutemoe.layouts.sm90_tokens import COLUMNS
 
 
 class Epilogue:
@@ -28,7 +30,7 @@ class Epilogue:
         that no branch keeps the outputs of a lane apart.
         """
         factor, x_scale, bias, top_k = extras
-        expert, first, n, cta = where
+        expert, first, n, cta, _ = where
         tid = cute.arch.thread_idx()[0] % 128
         warp, g, t = tid // 32, tid % 32 // 4, tid % 4
         multiplier = Float32(power)
@@ -46,6 +48,8 @@ class Epilogue:
         size = self.dtype.width // 8
         start = mO.iterator.toint() + Int64(column) * size
         stride = Int64(mO.stride[0]) * size
+        # by block, output of a row and token of the lane
+        tiles = self.packed(mO, where, column, t, apart) if self.c.packed_out else []
         # tokens from the first of this lane; none for outputs beyond the last
         left = [[n - 2 * t if column + a < width else Int32(0) for a in of] for of in apart]
         last = first + n - 1
@@ -59,7 +63,8 @@ class Epilogue:
                 scales = [multiplier * x_scale[r] for r in sources]
             if const_expr(self.c.scatter):
                 rows = [slots[r] for r in rows]
-            at = [start + Int64(r) * stride for r in rows]
+            if const_expr(not self.c.packed_out):
+                at = [start + Int64(r) * stride for r in rows]
             for b in range_constexpr(len(acc)):
                 made = [
                     self.outputs([acc[b][c + 2 * h + 4 * i] * scales[c] for h in range(2)],
@@ -68,7 +73,24 @@ class Epilogue:
                 ]  # fmt: skip
                 for h in range_constexpr(len(apart[b])):
                     pair = [made[0][h], made[1][h]]
-                    store_pair(self.c.out, at, apart[b][h] * size, pair, left[b][h], 8 * i)
+                    if const_expr(self.c.packed_out):
+                        store_pair(self.c.out, tiles[b][h], 1024 * i, pair, left[b][h], 8 * i)
+                    else:
+                        store_pair(self.c.out, at, apart[b][h] * size, pair, left[b][h], 8 * i)
+
+    def packed(self, mO, where, column, t, apart):
+        """Addresses of the first two tokens of a lane, 2 t and 2 t + 1 of 8 rows, in a tile of
+        layout sm90_tokens."""
+        expert, first, n, _, tile = where
+        units, eights = mO.shape[1] // COLUMNS, cute.ceil_div(n, 8)
+        before = first // 8 + cutlass.min(expert, tile)
+        start = mO.iterator.toint() + Int64(before) * (units * 1024)
+
+        def at(j, row):
+            unit, piece = j // COLUMNS, j // 8 % 8
+            return start + (unit * eights * 1024 + row * 128 + (piece ^ row) * 16 + j % 8 * 2)
+
+        return [[[at(column + a, 2 * t + c) for c in range(2)] for a in of] for of in apart]
 
     @cute.jit
     def outputs(self, sums, added, numbers):

@@ -6,14 +6,16 @@ items c, c + grid, ..; an item is a tile of tokens of one expert and a block of 
 
 Roles    weights (1 warp, 1 lane at work) | tokens (1 or 3 warps) | math (2 to 4 warpgroups)
 Pipes    full:  weights -> math by bytes of bulk copies and 1 arrival of their lane;
-                tokens -> math, 1 arrival of every warp, `lag` stages after its cp.async
+                tokens -> math, 1 arrival of every warp, `lag` stages after its cp.async; packed
+                ones as weights
          empty: math -> both, 1 arrival of every math warp
 Stage    128 columns: two units of the weight layout for every block of 64 rows, and the tile's
          tokens K-major in swizzled rows of 128 bytes
 Per k    weights: wait empty, expect bytes, copy | tokens: wait empty, cp.async; wait for the
-         stage `lag` before, fence, arrive | math: wait full; for every step of 32 columns (fp8: 64)
-         and block: decode, two wgmma, and wait until those before are done, whose registers the
-         next decode takes; release the stage before
+         stage `lag` before, fence, arrive; packed as weights | math: wait full; for every step of
+         32 columns (fp8: 64) and block: decode, two wgmma, and wait until those before are done,
+         whose registers the next decode takes (four sets of them: half of the steps); release the
+         stage before
 Per item math: bias, activation, store, while the others are at the next items already
 
 Where scales multiply sums of a group (int4, and fp8), wgmma starts every group from zero in
@@ -43,7 +45,7 @@ from cutlass import (
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from cutemoe.dsl.memory import SmemAllocator
-from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16
+from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16, fence_async
 from cutemoe.gemm.cute_decode import hook, opaque
 from cutemoe.gemm.cute_epilogue import Epilogue
 from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
@@ -73,9 +75,10 @@ class ExpertGemm:
         self.shared_scales = c.recipe.weight == "int4" and self.hook.group == 128
         self.stages = c.tile.stages
         self.w_bytes, self.x_bytes = c.stage_bytes
-        # warps that load tokens: a lane has 16 bytes of a row
-        self.loaders = 1 if self.t.block_m <= 32 else 3
+        # warps that load tokens: a lane has 16 bytes of a row, or one lane all of a tile
+        self.loaders = 1 if c.packed_x or self.t.block_m <= 32 else 3
         self.threads = 128 * (self.t.warpgroups + 1)
+        self.sets = self.t.sets if self.hook.group == 0 else 2
 
         @cute.struct
         class Storage:
@@ -142,6 +145,9 @@ class ExpertGemm:
             cute.arch.setmaxregister_decrease(self.t.registers[0])
             if warp == 0:
                 self.load_weights(mW, work[1], shared, full, empty, blocks, total)
+            elif const_expr(self.c.packed_x):
+                if warp == 1:
+                    self.load_packed(mX, mW, work[1], shared, full, empty, blocks, total)
             elif warp <= self.loaders:
                 self.load_tokens(mX, mW, work, shared, full, empty, blocks, total, extras[3])
         else:
@@ -258,6 +264,44 @@ class ExpertGemm:
             oldest = self.arrive(full, oldest)
 
     @cute.jit
+    def load_packed(self, mX, mW, mT, shared, full, empty, blocks, total):
+        """Bulk copies of tiles that are stored as a stage has them, one for each unit."""
+        stage, phase = Int32(0), Int32(1)
+        if const_expr(self.c.early):
+            cute.arch.griddepcontrol_wait()
+        # another kernel wrote them with plain stores
+        fence_async()
+        units = mW.shape[2]
+        lane = cute.arch.lane_idx()
+        item, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        # bytes of a row of a unit, and in shared memory of a unit
+        row, apart = COLUMNS * self.width, self.x_bytes // STAGE_UNITS
+        base = mX.iterator.toint()
+        x = shared.x.data_ptr().toint()
+        while item < total:
+            tile = item // blocks
+            expert, first, n = mT[tile, 0], mT[tile, 1], mT[tile, 2]
+            if expert >= 0:
+                before = first // 8 + (expert if expert < tile else tile)
+                src = base + Int64(before) * (8 * units * row)
+                # rows that the tile lacks of 8 stay behind
+                nbytes, each = n * row, cute.ceil_div(n, 8) * (8 * row)
+                for u in range(0, units, STAGE_UNITS):
+                    left = units - u
+                    have = left if left < STAGE_UNITS else Int32(STAGE_UNITS)
+                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    if lane == 0:
+                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, have * nbytes)
+                        dst = x + stage * self.x_bytes
+                        for i in range_constexpr(STAGE_UNITS):
+                            if i < have:
+                                bulk_copy(dst + i * apart, src, nbytes, full + stage, False)
+                            src += each
+                    stage, phase = advance(stage, phase, self.stages)
+            item += grid
+
+    @cute.jit
     def arrive(self, full, stage):
         """This warp's tokens of the stage are there, for wgmma to read; the stage after it."""
         # cp.async writes through the generic proxy, wgmma reads through another
@@ -290,7 +334,7 @@ class ExpertGemm:
             at = following if following < last else last
             after = (mT[at, 0], mT[at, 1], mT[at, 2])
             if expert >= 0:
-                where = (expert, first, n, block)
+                where = (expert, first, n, block, item // blocks)
                 for i in range_constexpr(len(self.t.rows)):
                     low = self.t.rows[i - 1] if i > 0 else 0
                     if n > low and n <= self.t.rows[i]:
@@ -318,7 +362,7 @@ class ExpertGemm:
         for a in acc:
             a.fill(0.0)
         fragment = thr.partition_shape_A((64, self.hook.step))
-        rA = [cute.make_rmem_tensor(fragment, self.operand) for _ in range(2)]
+        rA = [cute.make_rmem_tensor(fragment, self.operand) for _ in range(self.sets)]
         # sums of the open group, and its scales: rows g and g + 8
         part, fresh, due = None, None, (Float32(0.0), Float32(0.0))
         if const_expr(self.hook.group > 0):
@@ -387,16 +431,25 @@ class ExpertGemm:
         stage, phase, before = at
         cute.arch.mbarrier_wait(full + stage, phase)
         step, steps = 0, COLUMNS // self.hook.step
-        for u in range_constexpr(units):
-            for b in range_constexpr(self.t.blocks):
+        parts = [(u, b) for u in range(units) for b in range(self.t.blocks)]
+        last = len(parts) * steps - 1
+        ahead = [self.load(places, stage, b, u) for u, b in parts if self.sets == 4]
+        for part in range_constexpr(len(parts)):
+            u, b = parts[part]
+            if const_expr(self.sets == 4):
+                codes, words = ahead[part]
+            else:
                 codes, words = self.load(places, stage, b, u)
-                operands = self.hook.operands(words)
-                for c in range_constexpr(steps):
-                    self.decode(codes, operands, c, rA[step % 2])
-                    self.issue(mmas[0], mmas[0], acc[b], rA[step % 2], rB, u * steps + c, stage)
-                    if const_expr(step == 0):
-                        self.release(empty, before)
-                    step += 1
+            operands = self.hook.operands(words)
+            for c in range_constexpr(steps):
+                a = rA[step % self.sets]
+                self.decode(codes, operands, c, a)
+                # then the next decode, or two, find their fragments free
+                waits = step % self.sets in (0, self.sets - 1) or step == last
+                self.issue(mmas[0], mmas[0], acc[b], a, rB, u * steps + c, stage, waits)
+                if const_expr(step == 0):
+                    self.release(empty, before)
+                step += 1
 
     @cute.jit
     def stage_of_groups(self, mmas, regs, due, shared, full, empty, at, units):
@@ -430,8 +483,8 @@ class ExpertGemm:
         for i in range(cute.size(acc)):
             acc[i] = acc[i] + part[i] * due[i // 2 % 2]
 
-    def issue(self, opening, mma, acc, rA, rB, at, stage):
-        """The wgmma of step `at` of the stage; waits for those of the step before."""
+    def issue(self, opening, mma, acc, rA, rB, at, stage, waits=True):
+        """The wgmma of step `at` of the stage; `waits` for those of all steps before."""
         warpgroup.fence()
         each = self.hook.step // self.mma_k
         for kk in range(each):
@@ -440,7 +493,8 @@ class ExpertGemm:
                 rB[None, None, each * at + kk, stage], acc,
             )  # fmt: skip
         warpgroup.commit_group()
-        warpgroup.wait_group(1)
+        if waits:
+            warpgroup.wait_group(1)
 
     @cute.jit
     def places(self, shared, first):

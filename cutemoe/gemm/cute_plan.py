@@ -38,6 +38,8 @@ ROWS_INT4 = (*ROWS_FP8[:2], *ROWS[3:5], (math.inf, (32, 64, 96)))
 # most tokens whose sums leave four warpgroups registers for the rest, and those of two blocks
 MOST_ROWS_OF_FOUR = 48
 MOST_ROWS_OF_FOUR_PAIRS = 40
+# least registers beside the sums that four sets of fragments fit into
+FOUR_SETS = 88
 # of a stage of few tokens with (warpgroups, blocks of each), relatively; H200, 2026-11
 STAGE_US = {(4, 2): 1.15, (3, 2): 0.89, (4, 1): 0.6, (3, 1): 0.5, (2, 1): 0.4}
 # columns of a pipeline stage: two units of the weight layout
@@ -109,6 +111,19 @@ class Tile:
         many = self.warpgroups == 4 or (self.ctas == 2 and self.warpgroups == 2)
         load = 32 if many else 40
         return load, min(240, (pool - load) // self.warpgroups // 8 * 8)
+
+    @property
+    def sets(self) -> int:
+        """Sets of A fragments of a thread of math, where scales multiply no sums.
+
+        With four, wgmma of one step or two may run while the next is decoded, and codes are loaded
+        a stage ahead. H200, 2026-11-30, us of a layer with two and with four: headline shape at 4
+        tokens 86.6 and 83.8; gpt-oss-120b at 1024, three warpgroups of two blocks, 669 to 689 and
+        645 to 670; at 4096, two of two and 152 tokens, 1528 and 1573.
+        """
+        sums = self.blocks * self.block_m // 2
+        few = self.block_m <= MOST_ROWS_OF_FOUR
+        return 4 if few and self.registers[1] - sums >= FOUR_SETS else 2
 
     @property
     def row_blocks(self) -> int:
@@ -245,6 +260,7 @@ class Config:
         order: rows of gate and up in the bias.
         params: which of alpha, beta, limit are tensors [E]; the others are numbers.
         limit: the clamp exists.
+        packed_x, packed_out: rows of x or of out are tiles of layout sm90_tokens.
         ids: "", or the dtype of expert ids, of at most MOST_SORTED slots, that the kernel sorts.
         zero_tail: tiles of a negative expert write zeros.
         early: tiles or ids are older than the launch before, so weights need not wait for its end.
@@ -262,6 +278,8 @@ class Config:
     order: str = "plain"
     params: tuple[bool, bool, bool] = (False, False, False)
     limit: bool = False
+    packed_x: bool = False
+    packed_out: bool = False
     ids: str = ""
     zero_tail: bool = False
     early: bool = False

@@ -11,12 +11,14 @@ slots come last, at or beyond expert_start[E].
 | tile_count | int32 [1] | how many of them are live |
 | xq | bf16 | values of the quantised FC1 input without global scale: fp8 with row scales [T, H], else [R, H] in sorted order; e4m3 where the weights are in layout sm90_rs_w4_fp8 |
 | mid | [R, I] | FC1 activation in sorted order: bf16 or fp16; float32 if it is quantised |
+| mid | bf16 or fp16 [8 eights, I] | there, where I is a multiple of 64 and weights are in a layout of Hopper: tiles of layout sm90_tokens |
 | midq | [R, I] | values of the quantised FC2 input, as xq |
 | xq_scale, midq_scale | float32 [T], [R] | row scales of fp8 |
 | xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_fp4: codes in sorted order |
 | xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I]; mxfp4 [R, 4 ceil(H/128)], .. [I] | and their block scales; there is no mid |
 | sync | int32 [4 + 2 ceil(H/128)] | there too: counters of CTAs that wait for one another |
 | mid | bf16 or fp16 [R, I] | there with such activations: FC1 activation in sorted order; there is no xq and no midq |
+| x_tiles | bf16 or fp16 [8 eights, H] | there too, of many rows: x in such tiles, where y is later |
 | y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
 | y | float32 [slots R, columns] | there: the same for some columns at once, in turn in the slots (`y_parts`), where xq was if there was one |
 
@@ -36,6 +38,7 @@ import torch
 
 from cutemoe.errors import invalid
 from cutemoe.gemm.weight import HOPPER, SM120, PackedWeight
+from cutemoe.layouts import sm90_tokens
 
 if TYPE_CHECKING:
     from cutemoe.moe.prepare import PreparedMoE
@@ -46,6 +49,8 @@ ALIGNMENT = 256
 MIN_TILE_ROWS = 8
 # a whole y of this many bytes is kept: in parts, few rows are too little work for a card
 WHOLE_Y = 1 << 22
+# rows of an expert from which on tiles of x are made for FC1, 8 at least
+PACKED_ROWS = 64
 # columns of y that FC2 computes at once
 Y_BLOCK = 128
 
@@ -95,6 +100,17 @@ def y_parts(rows: int, hidden: int) -> tuple[int, int]:
     return 2, nbytes // (2 * 4 * Y_BLOCK * rows) * Y_BLOCK
 
 
+def packs(activations: str, width: int, weights: str) -> bool:
+    """A GEMM of these weights takes rows of that width as tiles of layout sm90_tokens."""
+    whole = width % sm90_tokens.COLUMNS == 0
+    return whole and activations in ("bf16", "fp16") and weights in HOPPER
+
+
+def packs_x(activations: str, hidden: int, weights: str, rows: int, experts: int) -> bool:
+    """So many rows that they are gathered into tiles before FC1."""
+    return rows >= PACKED_ROWS * experts and packs(activations, hidden, weights)
+
+
 def layout(
     tokens: int,
     top_k: int,
@@ -136,13 +152,19 @@ def layout(
             wanted["midq_scale"] = ((rows,), f32)
     else:
         dtype = torch.bfloat16 if activations == "bf16" else torch.float16
-        wanted["mid"] = ((rows, intermediate), dtype)
+        packed = packs(activations, intermediate, weights)
+        most = 8 * sm90_tokens.eights(rows, experts) if packed else rows
+        wanted["mid"] = ((most, intermediate), dtype)
     if not parted:
         wanted["y"] = ((rows, hidden), f32)
     parts, offset = {}, 0
     for name, (shape, dtype) in wanted.items():
         parts[name] = Part(offset, shape, dtype)
         offset += _aligned(prod(shape) * dtype.itemsize)
+    if packs_x(activations, hidden, weights, rows, experts):
+        # at most 2 * rows of 2 bytes a value, from 8 rows an expert on
+        shape = (8 * sm90_tokens.eights(rows, experts), hidden)
+        parts["x_tiles"] = Part(parts["y"].offset, shape, parts["mid"].dtype)
     if parted:
         slots, columns = y_parts(rows, hidden)
         start = parts["xq"].offset if codes else offset

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from cutemoe.gemm.cute_plan import Config, Recipe, Tile, choose_rows, choose_tile
+from cutemoe.gemm.cute_plan import (
+    MOST_ROWS_OF_FOUR_PAIRS,
+    STAGE_US,
+    Config,
+    Recipe,
+    Tile,
+    choose_rows,
+    choose_tile,
+    deepest,
+)
 from cutemoe.runtime.device import Device
 from tests.compile.cute_harness import worker
 
@@ -19,18 +28,28 @@ BUILD = "cutemoe.gemm.cute_build:build"
 H200 = Device("cuda", 0, "H200", 90, 132, 232448, True)
 # mean tokens of an expert
 MEANS = (1, 12, 24, 96)
-SWIGLU: dict[str, Any] = {"gather": True, "activation": "swiglu", "order": "interleaved"}
+GATED: dict[str, Any] = {"activation": "swiglu", "order": "interleaved", "packed_out": True}
+SWIGLU: dict[str, Any] = {**GATED, "gather": True}
 KINDS: dict[str, dict[str, Any]] = {
     "fc1": SWIGLU,
     "fc1 of gpt-oss": {**SWIGLU, "bias": True, "factor": True, "limit": True},
     "fc1 with parameters of experts": {**SWIGLU, "params": (True, True, True), "limit": True},
     "fc1, gelu": {"gather": True, "activation": "geglu", "order": "gate_up"},
-    "fc2": {"scatter": True, "out": "fp32"},
-    "fc2 with bias": {"scatter": True, "out": "fp32", "bias": True},
-    "fc1, ungated": {"gather": True, "activation": "relu2"},
+    "fc1, tiles of x": {**GATED, "packed_x": True},
+    "fc1, rows for fc2": {**SWIGLU, "packed_out": False, "bias": True},
+    "fc2": {"scatter": True, "out": "fp32", "packed_x": True},
+    "fc2 with bias": {"scatter": True, "out": "fp32", "packed_x": True, "bias": True},
+    "fc2, rows": {"scatter": True, "out": "fp32"},
+    "fc1, ungated": {"gather": True, "activation": "relu2", "packed_out": True},
     "groups": {"zero_tail": True},
     "fc1, sorting": {**SWIGLU, "ids": "int64", "bias": True},
-    "fc2, sorting": {"scatter": True, "out": "fp32", "ids": "int32", "early": True},
+    "fc2, sorting": {
+        "scatter": True,
+        "out": "fp32",
+        "packed_x": True,
+        "ids": "int32",
+        "early": True,
+    },
 }
 MXFP4, NVFP4 = Recipe("mxfp4", 32), Recipe("nvfp4", 16)
 W4A8 = Recipe("int4", 128, "fp8")
@@ -38,7 +57,8 @@ INT4 = [Recipe("int4", group, kind) for group in (32, 64, 128) for kind in ("bf1
 PAIR = ("fc1", "fc2")
 CASES = [(MXFP4, mean, kind) for mean in MEANS for kind in PAIR]
 CASES += [(MXFP4, mean, "fc1") for mean in (32, 50, 70, 128, 1000)]
-CASES += [(MXFP4, 1, kind) for kind in KINDS if kind not in PAIR]
+CASES += [(MXFP4, 1, kind) for kind in KINDS if kind not in (*PAIR, "fc1, tiles of x")]
+CASES += [(recipe, mean, "fc1, tiles of x") for recipe in (MXFP4, NVFP4) for mean in (96, 128)]
 CASES += [(MXFP4, mean, "fc1 of gpt-oss") for mean in (8, 32, 128)]
 CASES += [(recipe, 32, "fc1, sorting") for recipe in (MXFP4, NVFP4)]
 CASES += [(NVFP4, 1, "fc1"), (NVFP4, 96, "fc2"), (NVFP4, 128, "fc1 of gpt-oss")]
@@ -61,7 +81,7 @@ def configured(recipe: Recipe, mean: float, kind: str) -> Config:
     """As the launch of a layer asks for it."""
     given = dict(KINDS[kind])
     if recipe.activations == "fp8":
-        given |= {"x_scale": "row", "out": "fp32"}
+        given |= {"x_scale": "row", "out": "fp32", "packed_x": False, "packed_out": False}
     elif recipe.activations == "fp16":
         given.setdefault("out", "fp16")
     return Config(recipe, shipped(recipe, mean), **given)
@@ -83,8 +103,9 @@ def main_loop(sass: str, config: Config) -> Counter[str]:
 
 
 def waits(config: Config) -> int:
-    """wgmma waits that the source asks for: after every step, before every sum of a group, at the
-    end of half a stage and of all; a stage and half of one for every width."""
+    """wgmma waits that the source asks for: after every step, or with four sets of fragments after
+    half of them, before every sum of a group, at the end of half a stage and of all; a stage and
+    half of one for every width."""
     recipe, t = config.recipe, config.tile
     step = 32
     if recipe.activations == "fp8":
@@ -92,7 +113,10 @@ def waits(config: Config) -> int:
     group = 128 if recipe.weight == "mxfp4" else recipe.group
     count = 0
     for columns in (128, 64):
-        count += t.blocks * (columns // step)
+        steps = t.blocks * (columns // step)
+        if t.sets == 4 and not recipe.partial:
+            steps = sum(s % 4 in (0, 3) or s == steps - 1 for s in range(steps))
+        count += steps
         if recipe.partial:
             count += t.blocks * -(-columns // group)
     return len(t.rows) * (count + 2)
@@ -119,7 +143,8 @@ def fits(config: Config) -> None:
     # more waits than the source asks for: ptxas has made multiplies one after the other
     assert c["sass"].count("WARPGROUP.DEPBAR") <= waits(config) * found / multiplies
     assert loader_registers(c["sass"]) <= config.tile.registers[0]
-    assert re.search(r"UBLKCP", c["sass"]) and re.search(r"LDGSTS\S*\.128", c["sass"])
+    assert re.search(r"UBLKCP", c["sass"])
+    assert bool(re.search(r"LDGSTS\S*\.128", c["sass"])) != config.packed_x
 
 
 @pytest.mark.parametrize(("recipe", "mean", "kind"), CASES, ids=str)
@@ -127,13 +152,29 @@ def test_compiles_into_registers_and_wgmma(recipe, mean, kind):
     fits(configured(recipe, mean, kind))
 
 
-@pytest.mark.parametrize(("mean", "kind"), [(8, "fc1 of gpt-oss"), (32, "fc1 of gpt-oss")])
-def test_three_warpgroups_of_two_blocks_fit(mean, kind):
+@pytest.mark.parametrize(
+    ("recipe", "mean"),
+    [(MXFP4, 8), (MXFP4, 32), (NVFP4, 32), (Recipe("mxfp4", 32, "fp16"), 32)],
+    ids=str,
+)
+def test_three_warpgroups_of_two_blocks_fit(recipe, mean):
     """gpt-oss-120b: 128 experts of 90 blocks."""
-    config = configured(MXFP4, mean, kind)
-    tile = choose_tile(MXFP4, config.tile.rows, 128, 90, H200)
-    assert (tile.warpgroups, tile.blocks) == (3, 2)
+    config = configured(recipe, mean, "fc1 of gpt-oss")
+    tile = choose_tile(recipe, config.tile.rows, 128, 90, H200)
+    assert (tile.warpgroups, tile.blocks) == (3, 2) and tile.sets == 4
     fits(replace(config, tile=tile))
+
+
+@pytest.mark.parametrize("shape", STAGE_US, ids=str)
+@pytest.mark.parametrize("mean", [1, 12, 24, 30])
+@pytest.mark.parametrize(
+    ("recipe", "kind"), [(MXFP4, "fc1 of gpt-oss"), (NVFP4, "fc2, sorting")], ids=str
+)
+def test_every_cut_of_few_tokens_fits(recipe, kind, mean, shape):
+    config = configured(recipe, mean, kind)
+    if shape == (4, 2) and config.tile.block_m > MOST_ROWS_OF_FOUR_PAIRS:
+        pytest.skip("never chosen")
+    fits(replace(config, tile=deepest(recipe, Tile(config.tile.rows, shape[0], shape[1], 1, 1))))
 
 
 @pytest.mark.parametrize("mean", MEANS)

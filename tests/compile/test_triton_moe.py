@@ -146,7 +146,7 @@ SMALL = {
     "place_chunks": (
         "sort",
         SORT | OUT | {"counts_ptr": "*i32", "steps": "i32"},
-        {"TILE": 128, "STEP": 128, "BINS": 1024},
+        {"TILE": 128, "STEP": 128, "BINS": 1024, "AT_ONCE": 4},
     ),
     "combine_slots": (
         "combine",
@@ -159,6 +159,15 @@ SMALL = {
             **dict.fromkeys(("stride_it", "stride_wt", "stride_ot"), "i64"),
         },
         {"TOP_K": 32, "BLOCK": 256, "PARTS": 1, "PORTABLE": False},
+    ),
+    "pack_tiles": (
+        "pack",
+        {
+            **dict.fromkeys(("x_ptr", "out_ptr"), "*bf16"),
+            **dict.fromkeys(("sorted_ptr", "tiles_ptr", "count_ptr"), "*i32"),
+            **{"stride_xm": "i64", "K": "i32", "top_k": "i32", "most": "i32"},
+        },
+        {"ROWS": 16, "UNITS": 4, "COLUMNS": 64},
     ),
     "quantize_rows": (
         "quantize",

@@ -130,6 +130,28 @@ def test_few_rows(target, T, K, offset):
         assert_same(got, want.to(x.dtype))
 
 
+@pytest.mark.parametrize(
+    ("format", "activations", "activation"),
+    [
+        ("mxfp4", "bf16", SATURATED),
+        ("mxfp4", "fp16", cutemoe.ReLU2()),
+        ("int4", "bf16", SATURATED),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("I", [64, 192, 256])
+@pytest.mark.parametrize("T", [2, 23, 61, 250])
+def test_whole_units_between_the_gemms(target, format, activations, activation, I, T):  # noqa: E741
+    """Multiples of 64, which a kernel may keep in tiles, of every width; skipped ids among them."""
+    gated = is_gated(activation)
+    layer = exact_layer(format, activations, gated=gated, H=128, I=I, seed=I)
+    r = draw.Routing(T=T, K=2, E=5, offset=1, pattern="skips", seed=T)
+    x, ids, weights = exact_x(T, layer, 5), r.ids(), r.weights(exact=True)
+    want = naive(layer, x, ids, weights, activation, offset=1, exact=True)
+    got = call(target, layer, x, ids, weights, activation=activation, expert_offset=1)
+    assert_same(got, want.to(x.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activations", ["fp8", "nvfp4", "mxfp4"])
 def test_quantised_activations_take_both_dtypes(target, activations, dtype):

@@ -27,16 +27,17 @@ from tests.gdn.cases import NATIVE, Case
 from tests.moe.cases import FP4, random_layer
 
 CUDA = torch.device("cuda")
+# weights, activations, intermediate
 LAYERS = (
-    ("mxfp4", "bf16"),
-    ("mxfp4", "fp16"),
-    ("nvfp4", "bf16"),
-    ("nvfp4", "nvfp4"),
-    ("mxfp4", "mxfp4"),
-    ("int4", "bf16"),
-    ("int4", "fp8"),
-    ("mxfp4", "fp8"),
-    ("bf16", "bf16"),
+    ("mxfp4", "bf16", 192),
+    ("mxfp4", "fp16", 96),
+    ("nvfp4", "bf16", 96),
+    ("nvfp4", "nvfp4", 96),
+    ("mxfp4", "mxfp4", 96),
+    ("int4", "bf16", 192),
+    ("int4", "fp8", 96),
+    ("mxfp4", "fp8", 96),
+    ("bf16", "bf16", 96),
 )
 
 
@@ -50,16 +51,17 @@ def names(op: str) -> list[str]:
 
 
 def moe() -> Iterator[str]:
-    """Layers with widths that no tile divides, few and many tokens; y of codes in parts."""
+    """Layers with widths that no tile divides, or units of 64, few and many tokens; y of codes in
+    parts."""
     workspace.WHOLE_Y = 0
     here = names("fused_moe")
     if "cute_nvfp4" in here:
         here += ["cute_nvfp4_static", "cute_nvfp4_dynamic"]
     for backend in here:
-        for format, activations in LAYERS:
+        for format, activations, inner in LAYERS:
             if backend.startswith("cute_nvfp4_") and format not in FP4:
                 continue
-            layer = random_layer(format, activations, E=6, H=320, I=96, gate_up="interleaved")
+            layer = random_layer(format, activations, E=6, H=320, I=inner, gate_up="interleaved")
             prepared = cutemoe.prepare_moe(
                 layer.w13, layer.w2, layer.b13, layer.b2, activations=activations,
                 gate_up="interleaved", input_scale=layer.input_scale, device=CUDA, backend=backend,
