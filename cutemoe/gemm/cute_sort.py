@@ -14,8 +14,6 @@ from cutemoe.gemm.cute_plan import MOST_SORTED, Config
 
 # the key of a slot that is skipped
 _SKIPPED = 0x7FFFFFFF
-# of the threads that have slots
-_BARRIER = 2
 _WORDS = MOST_SORTED // 32
 
 
@@ -45,46 +43,28 @@ class SlotSort:
         tiles = cute.make_layout((MOST_SORTED, 3), stride=(3, 1))
         sTile = cute.make_tensor(shared.tiles.data_ptr(), tiles)
         sCount = cute.make_tensor(shared.count.data_ptr(), cute.make_layout(1))
-        if tid < MOST_SORTED:
-            self.sort(mIds, offset, experts, sSlot, sTile, sCount, scratch)
-        cute.arch.sync_threads()
-        return sSlot, sTile, sCount
-
-    @cute.jit
-    def sort(self, mIds, offset, experts, sSlot, sTile, sCount, scratch):
-        """By the threads that have slots."""
-        tid, _, _ = cute.arch.thread_idx()
         sKey = cute.make_tensor(scratch, cute.make_layout((4, MOST_SORTED // 4)))
         # by slot: whether a tile begins with it
         sFirst = cute.make_tensor(scratch + MOST_SORTED, cute.make_layout(_WORDS))
-        top_k = mIds.shape[1]
-        total = mIds.shape[0] * top_k
-        key = Int32(_SKIPPED)
-        if tid < total:
-            token = tid // top_k
-            expert = Int64(mIds[token, tid - token * top_k])
-            if expert >= offset and expert < offset + experts:
-                key = Int32(expert - offset)
-        sKey[tid % 4, tid // 4] = key
-        cute.arch.barrier(barrier_id=_BARRIER, number_of_threads=MOST_SORTED)
-        # bits of the slots with a smaller key, and of the earlier slots with the same
-        less, same, own = [], [], Int32(0)
-        for w in range_constexpr(_WORDS):
-            smaller, equal = self.compared(sKey, key, total, w)
-            own += self.bits([equal])
-            less.append(smaller)
-            same.append(equal & self.earlier(w))
+        total = mIds.shape[0] * mIds.shape[1]
+        key = self.key(mIds, offset, experts, total)
+        if tid < MOST_SORTED:
+            sKey[tid % 4, tid // 4] = key
+        cute.arch.sync_threads()
+        less, same, own = [Uint32(0)] * _WORDS, [Uint32(0)] * _WORDS, Int32(0)
+        if tid < MOST_SORTED:
+            less, same, own = self.counted(sKey, key, total)
+            begins = key != _SKIPPED and self.bits(same) % self.rows == 0
+            mask = cute.arch.vote_ballot_sync(begins)
+            if tid % 32 == 0:
+                sFirst[tid // 32] = Int32(mask)
+        cute.arch.sync_threads()
+        first = [Uint32(sFirst[w]) for w in range(_WORDS)]
         rank = self.bits(same)
         at = self.bits(less) + rank
-        begins = key != _SKIPPED and rank % self.rows == 0
-        mask = cute.arch.vote_ballot_sync(begins)
-        if tid % 32 == 0:
-            sFirst[tid // 32] = Int32(mask)
-        cute.arch.barrier(barrier_id=_BARRIER, number_of_threads=MOST_SORTED)
-        first = [Uint32(sFirst[w]) for w in range(_WORDS)]
         if key != _SKIPPED:
             sSlot[at] = tid
-        if begins:
+        if key != _SKIPPED and rank % self.rows == 0:
             tile = self.bits([f & (a | b) for f, a, b in zip(first, less, same)])
             left = own - rank
             sTile[tile, 0] = key
@@ -92,6 +72,33 @@ class SlotSort:
             sTile[tile, 2] = left if left < self.rows else Int32(self.rows)
         if tid == 0:
             sCount[0] = self.bits(first)
+        cute.arch.sync_threads()
+        return sSlot, sTile, sCount
+
+    @cute.jit
+    def key(self, mIds, offset, experts, total):
+        """Local expert of the slot of this thread, or _SKIPPED."""
+        tid, _, _ = cute.arch.thread_idx()
+        top_k = mIds.shape[1]
+        key = Int32(_SKIPPED)
+        if tid < total:
+            token = tid // top_k
+            expert = Int64(mIds[token, tid - token * top_k])
+            if expert >= offset and expert < offset + experts:
+                key = Int32(expert - offset)
+        return key
+
+    @cute.jit
+    def counted(self, sKey, key, total):
+        """Bits of the slots with a smaller key, of the earlier ones with the same, and how many
+        have the same."""
+        less, same, own = [], [], Int32(0)
+        for w in range_constexpr(_WORDS):
+            smaller, equal = self.compared(sKey, key, total, w)
+            own += self.bits([equal])
+            less.append(smaller)
+            same.append(equal & self.earlier(w))
+        return less, same, own
 
     @cute.jit
     def compared(self, sKey, key, total, word):
