@@ -167,7 +167,7 @@ SMALL = {
             **dict.fromkeys(("sorted_ptr", "tiles_ptr", "count_ptr"), "*i32"),
             **{"stride_xm": "i64", "K": "i32", "top_k": "i32", "most": "i32"},
         },
-        {"ROWS": 16, "UNITS": 4, "COLUMNS": 64},
+        {"ROWS": 8, "UNITS": 4, "COLUMNS": 64},
     ),
     "quantize_rows": (
         "quantize",

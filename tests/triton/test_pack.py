@@ -37,8 +37,8 @@ def test_tiles_of_gathered_rows(counts, units, top_k, tile, padding, seed):
     want = torch.full_like(out, guard)
     for t, (expert, first, n) in enumerate(tiles):
         begin = 8 * sm90_tokens.start(first, expert, t)
-        rows = x[order[first : first + n] // top_k]
+        picked = x[order[first : first + n] // top_k]
         # where a tile lacks rows of 8, nothing is written
-        missing = sm90_tokens.pack(torch.ones_like(rows)) == 0
-        want[begin : begin + len(missing)] = sm90_tokens.pack(rows).masked_fill(missing, guard)
+        missing = sm90_tokens.pack(torch.ones_like(picked)) == 0
+        want[begin : begin + len(missing)] = sm90_tokens.pack(picked).masked_fill(missing, guard)
     assert_same(out, want)
