@@ -1,5 +1,6 @@
 """Copies to shared memory and predicated stores, in PTX."""
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 from cutlass._mlir.dialects import llvm
@@ -65,6 +66,11 @@ def store_pair(kind, at, offset, values, left, least):
         "l,l,f,f,r",
         (*map(Int64, at), *values, Int32(left)),
     )
+
+
+def tile_start(base, first, expert, tile, nbytes):
+    """Address of a tile of layout sm90_tokens whose groups of 8 rows have so many bytes."""
+    return base + Int64(first // 8 + cutlass.min(expert, tile)) * nbytes
 
 
 @cute.jit

@@ -5,13 +5,15 @@ A lane 4 g + t of warp w holds, of a block of 64 packed rows and a tile of token
 one output (layouts/sm90_rs_w4.py).
 """
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr, range_constexpr
 
-from cutemoe.gemm.cute_async import store_pair
+from cutemoe.gemm.cute_async import store_pair, tile_start
 from cutemoe.gemm.cute_plan import Config
 from cutemoe.layouts.sm90_tokens import COLUMNS
+
+# bytes of 8 rows of a unit of layout sm90_tokens
+_EIGHT = 8 * COLUMNS * 2
 
 
 class Epilogue:
@@ -74,7 +76,7 @@ class Epilogue:
                 for h in range_constexpr(len(apart[b])):
                     pair = [made[0][h], made[1][h]]
                     if const_expr(self.c.packed_out):
-                        store_pair(self.c.out, tiles[b][h], 1024 * i, pair, left[b][h], 8 * i)
+                        store_pair(self.c.out, tiles[b][h], _EIGHT * i, pair, left[b][h], 8 * i)
                     else:
                         store_pair(self.c.out, at, apart[b][h] * size, pair, left[b][h], 8 * i)
 
@@ -83,12 +85,11 @@ class Epilogue:
         layout sm90_tokens."""
         expert, first, n, _, tile = where
         units, eights = mO.shape[1] // COLUMNS, cute.ceil_div(n, 8)
-        before = first // 8 + cutlass.min(expert, tile)
-        start = mO.iterator.toint() + Int64(before) * (units * 1024)
+        start = tile_start(mO.iterator.toint(), first, expert, tile, units * _EIGHT)
 
         def at(j, row):
             unit, piece = j // COLUMNS, j // 8 % 8
-            return start + (unit * eights * 1024 + row * 128 + (piece ^ row) * 16 + j % 8 * 2)
+            return start + (unit * eights * _EIGHT + row * 128 + (piece ^ row) * 16 + j % 8 * 2)
 
         return [[[at(column + a, 2 * t + c) for c in range(2)] for a in of] for of in apart]
 

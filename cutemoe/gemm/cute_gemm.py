@@ -45,7 +45,7 @@ from cutlass import (
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from cutemoe.dsl.memory import SmemAllocator
-from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16, fence_async
+from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16, fence_async, tile_start
 from cutemoe.gemm.cute_decode import hook, opaque
 from cutemoe.gemm.cute_epilogue import Epilogue
 from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
@@ -283,8 +283,7 @@ class ExpertGemm:
             tile = item // blocks
             expert, first, n = mT[tile, 0], mT[tile, 1], mT[tile, 2]
             if expert >= 0:
-                before = first // 8 + (expert if expert < tile else tile)
-                src = base + Int64(before) * (8 * units * row)
+                src = tile_start(base, first, expert, tile, 8 * units * row)
                 # rows that the tile lacks of 8 stay behind
                 nbytes, each = n * row, cute.ceil_div(n, 8) * (8 * row)
                 for u in range(0, units, STAGE_UNITS):

@@ -11,14 +11,14 @@ slots come last, at or beyond expert_start[E].
 | tile_count | int32 [1] | how many of them are live |
 | xq | bf16 | values of the quantised FC1 input without global scale: fp8 with row scales [T, H], else [R, H] in sorted order; e4m3 where the weights are in layout sm90_rs_w4_fp8 |
 | mid | [R, I] | FC1 activation in sorted order: bf16 or fp16; float32 if it is quantised |
-| mid | bf16 or fp16 [8 eights, I] | there, where I is a multiple of 64 and weights are in a layout of Hopper: tiles of layout sm90_tokens |
+| mid | bf16 or fp16 [8 eights, I] | with such activations, weights in a layout of Hopper and I a multiple of 64: FC1 activation in tiles of layout sm90_tokens |
+| x_tiles | bf16 or fp16 [8 eights, H] | likewise of H, and from `PACKED_ROWS` rows an expert on: x in such tiles, where y is later |
 | midq | [R, I] | values of the quantised FC2 input, as xq |
 | xq_scale, midq_scale | float32 [T], [R] | row scales of fp8 |
 | xq, midq | uint8 [R, H/2], [R, I/2] | where the weights are in layout sm120_fp4: codes in sorted order |
 | xq_scale, midq_scale | uint8 [R, 4 ceil(H/64)], .. [I]; mxfp4 [R, 4 ceil(H/128)], .. [I] | and their block scales; there is no mid |
 | sync | int32 [4 + 2 ceil(H/128)] | there too: counters of CTAs that wait for one another |
 | mid | bf16 or fp16 [R, I] | there with such activations: FC1 activation in sorted order; there is no xq and no midq |
-| x_tiles | bf16 or fp16 [8 eights, H] | there too, of many rows: x in such tiles, where y is later |
 | y | float32 [R, H] | FC2 output in slot order, with bias, without routing weight |
 | y | float32 [slots R, columns] | there: the same for some columns at once, in turn in the slots (`y_parts`), where xq was if there was one |
 
