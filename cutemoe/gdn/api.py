@@ -137,7 +137,9 @@ def gdn_verify(
     of `state`; the others are forgotten. The T new tokens then run from there as in `gdn_decode`
     and form the new window, recorded in `draft`. So `state` and `draft` together always mean the
     accepted prefix plus the open window, and `state` holds the very bits that `gdn_decode` of the
-    accepted tokens, one call a window and with rounding "fused", would have left there.
+    accepted tokens, one call a window and with rounding "fused", would have left there. One
+    exception: back end "cute" decodes a single token of layout "vk" by sums in another order, so
+    a window of which one token is accepted agrees with it to rounding.
 
     Args:
         q, k, v, a, b, A_log, dt_bias, g, beta, state_indices, scale, qk_l2norm, state_layout, out,

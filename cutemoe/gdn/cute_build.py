@@ -6,6 +6,7 @@ from cutlass import Float32, Int16, Int32
 from cutemoe.gdn.cute_delta import GatedDelta
 from cutemoe.gdn.cute_plan import Config
 from cutemoe.gdn.cute_rows import TYPES
+from cutemoe.gdn.cute_step import GatedDeltaStep
 
 
 def build(c: Config, options: str = ""):
@@ -15,7 +16,7 @@ def build(c: Config, options: str = ""):
     """
     s = cute.sym_int
     B, T, HQ, HV, DV, P = s(), s(), s(), s(), s(), s()
-    kernel = GatedDelta(c)
+    kernel = GatedDeltaStep(c) if c.tile == 1 else GatedDelta(c)
     io, dt = TYPES[c.io], TYPES[c.state]
     _, vo, _, rec = c.wide
     row = (DV, c.dk) if c.layout == "vk" else (c.dk, DV)

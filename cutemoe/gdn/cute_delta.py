@@ -22,12 +22,13 @@ and k have their low parts in rows 8..15. An mma truncates its sums: with float3
 are short and added up outside, and a state is D S + x by FMA, where only x comes out of an mma.
 Folding recorded u does what `gdn_decode` of the same tokens does, bit for bit.
 
-Final states: a call without states between takes all its tokens in at once, one with them token by
-token, so the last bits of the final state differ between the two; outputs do not.
+A single token, and float32 states after every token, are cute_step.py's in layout "vk". In "kv" a
+call without states between takes all its tokens in at once, one with them token by token, so the
+last bits of the final state differ between the two; outputs do not.
 
 Measured on an H200, 2026-11-27, HV=32, HQ=16, D=128, float32 states, us at B = 16 / 64 / 256:
-update T=1 20.6/72.9/282, verify T=8 14.4/43.3/159 with nothing folded, 29.3/101/374 with everything
-folded. perf/notes/gdn.md has what was tried and why.
+verify T=8 14.4/43.3/159 with nothing folded, 29.3/101/374 with everything folded.
+perf/notes/gdn.md has what was tried and why.
 
 Rejected, in us at B=64: k, q and coefficients in shared memory, the Gram matrix split over the
 warps, three barriers a tile (T=8, output only: 85); the state as A operand (a move for every
@@ -74,7 +75,7 @@ class GatedDelta(Rows):
         """
         B, _, HV, DV = inputs[3].shape
         self.kernel(inputs, gates, mS, mIdx, mI, draft, mAcc, scale, group, magic).launch(  # pyright: ignore
-            grid=[cute.ceil_div(DV, 16 * self.c.warps), HV, B],
+            grid=[cute.ceil_div(DV, self.c.rows * self.c.warps), HV, B],
             block=[32 * self.c.warps, 1, 1],
             min_blocks_per_mp=self.c.blocks,
             preferred_smem_carveout=0,
@@ -86,7 +87,7 @@ class GatedDelta(Rows):
         tile, hv, b = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(tid // 32)
-        first = (tile * self.c.warps + warp) * 16
+        first = (tile * self.c.warps + warp) * self.c.rows
         slot = Int64(b)
         if const_expr(self.c.index != ""):
             slot = Int64(mIdx[b])
@@ -96,13 +97,14 @@ class GatedDelta(Rows):
             head.accepted = mAcc[b]
         if const_expr(self.c.ragged):
             if first < inputs[3].shape[3]:
-                self.rows(inputs, gates, mS, mI, draft, scale, head, Lane(first))
+                self.rows(inputs, gates, mS, mI, draft, scale, head, first)
         else:
-            self.rows(inputs, gates, mS, mI, draft, scale, head, Lane(first))
+            self.rows(inputs, gates, mS, mI, draft, scale, head, first)
 
     @cute.jit
-    def rows(self, inputs, gates, mS, mI, draft, scale, head, at):
-        """The 16 rows of this warp."""
+    def rows(self, inputs, gates, mS, mI, draft, scale, head, first):
+        """The rows of this warp."""
+        at = Lane(first)
         window = self.registers()
         if const_expr(not self.c.loop):
             self.load_window(inputs, gates, window, head, at, 0)
@@ -233,12 +235,16 @@ class GatedDelta(Rows):
             align = self.alignment(0, self.io)
             ptr = cute.make_ptr(self.io, base, cute.AddressSpace.gmem, assumed_align=align)
             self.load_row(cute.make_tensor(ptr, cute.make_layout((self.c.dk,))), rX[0], at)
+        self.load_gates(gates, rG, b, hv, t)
+        self.get_quad(self.narrow(mV[b, None, hv, None], 1)[t, None], rV, at)
+
+    @cute.jit
+    def load_gates(self, gates, rG, b, hv, t):
         for i in range_constexpr(2):
             rG[i] = Float32(self.narrow(gates[i][b, None, hv])[t])
         if const_expr(len(gates) == 4):
             rG[2] = Float32(gates[2][hv])
             rG[3] = Float32(gates[3][hv])
-        self.get_quad(self.narrow(mV[b, None, hv, None], 1)[t, None], rV, at)
 
     @cute.jit
     def gate(self, rG):

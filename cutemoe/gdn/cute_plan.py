@@ -18,13 +18,13 @@ class Config:
 
     Attributes:
         dk: head size of q and k, 64 or 128.
-        tile: tokens computed at once, 4 or 8; 4 for float32 q and k.
+        tile: tokens computed at once: 8 or 4 on tensor cores, 4 for float32 q and k, 1 beside them.
         loop: more tokens than a tile may come, or none.
-        warps: warps a CTA, 16 rows each.
+        warps: warps a CTA, each with `rows` rows.
         blocks: CTAs an SM that the registers must allow; 0 leaves it to the compiler.
         io, state: dtype of q, k, v and out; of the pool.
         layout: "vk" or "kv".
-        ragged: DV is no multiple of 16 * warps.
+        ragged: DV is no multiple of rows * warps.
         l2norm, update, snapshots: as in `gdn_decode`.
         record: dtype of the recorded keys; "" is decode.
         gates: dtypes of (a, b, A_log, dt_bias) or of (g, beta).
@@ -52,6 +52,11 @@ class Config:
     targets: str = ""
     wide: tuple[bool, bool, bool, bool] = (True, True, True, True)
 
+    @property
+    def rows(self) -> int:
+        """Rows of a state that a warp has."""
+        return 8 if self.tile == 1 else 16
+
 
 def refuse(problem: Problem, device: Device) -> str | None:
     """A warp holds 16 whole rows of a state in registers."""
@@ -70,6 +75,10 @@ def refuse(problem: Problem, device: Device) -> str | None:
 def configure(problem: Problem, device: Device) -> Config:
     """The configuration, but for the dtypes and alignments that only the tensors show.
 
+    Token by token where there is one, or states are stored between: H200, 2026-11-30, T=4, states
+    after every token, B = 1 / 4 / 16 / 64, us, and on tensor cores: float32 5.8 / 12.8 / 46 / 175
+    and 6.1 / 14.0 / 47 / 184, bfloat16 4.6 / 8.5 / 27 / 93 and 4.4 / 8.4 / 25 / 91.
+
     Verification runs in CTAs of one warp: 1 to 7 % over four (H200, 2026-11-27, HV=32, a random
     number of accepted tokens; perf/notes/gdn.md has every figure). Room for 12 warps an SM gains
     another 8 % for tiles of 4 tokens with float32 states, T=4 at B=256 344 -> 306 us in all. Tiles
@@ -79,9 +88,14 @@ def configure(problem: Problem, device: Device) -> Config:
     """
     p = problem
     tile = 4 if p.T <= 4 or p.dtype == "float32" else 8
-    # to 6 % faster than four, but where many float32 states are written (H200, 2026-11-30)
-    most = 2 if p.layout == "vk" and (p.state != "float32" or not p.snapshots or p.B <= 2) else 4
-    warps = next((w for w in (4, 2, 1) if w <= most and p.DV % (16 * w) == 0), most)
+    stored = (p.snapshots or p.scattered) and (p.state == "float32" or p.T > 4)
+    if p.layout == "vk" and p.window is None and (p.T == 1 or stored):
+        tile = 1
+    rows = 8 if tile == 1 else 16
+    most = 2 if p.layout == "vk" else 4
+    if (tile, p.state) == (1, "float32") and p.T <= 2:
+        most = 1
+    warps = next((w for w in (4, 2, 1) if w <= most and p.DV % (rows * w) == 0), most)
     blocks = 0
     if p.window is not None and p.T > 0:
         warps = 1
@@ -97,7 +111,7 @@ def configure(problem: Problem, device: Device) -> Config:
         io=p.dtype,
         state=p.state,
         layout=p.layout,
-        ragged=p.DV % (16 * warps) != 0,
+        ragged=p.DV % (rows * warps) != 0,
         l2norm=p.qk_l2norm,
         update=p.update,
         snapshots=p.snapshots,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cutemoe.runtime import settings
+from cutemoe.runtime import settings, tune
 from cutemoe.runtime.device import target
 from cutemoe.runtime.replay import Again
 
@@ -59,6 +59,7 @@ class Recall:
         self._size = size
         self._known: dict[Hashable, tuple[_Known, ...]] = {}
         self._seen: dict[Hashable, int] = {}
+        tune.on_change(self.forget)
 
     def find(self, words: Hashable, tensors: Sequence[Any]) -> tuple[Again, list[int]] | None:
         """What makes a call like this one again, and the addresses of its tensors; None where the

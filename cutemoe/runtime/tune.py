@@ -87,10 +87,15 @@ def find(op: str, device: Device, shape: Shape, size: int) -> Mapping[str, Any] 
     return next((row.config for row in rows if size <= row.size < REACH * size), None)
 
 
+def on_change(clear: Callable[[], None]) -> None:
+    """Has `clear` called whenever another configuration may be found."""
+    _CLEAR.append(clear)
+
+
 def kept(configure: Callable[[Any, Device], Config]) -> Callable[[Any, Device], Config]:
     """A function from problem and device to a configuration that remembers its answers."""
     cached = lru_cache(maxsize=1024)(configure)
-    _CLEAR.append(cached.cache_clear)
+    on_change(cached.cache_clear)
     return wraps(configure)(cached)
 
 

@@ -69,6 +69,29 @@ def test_a_call_of_many_sequences_is_calls_of_a_few(B, T, state):
         call["state"] = whole["state"]
 
 
+@pytest.mark.parametrize("DV", [128, 36])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_tokens_with_states_between_are_single_tokens(DV, scattered):
+    """To the bit, outputs and every state, in the layout that is decoded token by token."""
+    case = Case(3, 5, (1, 3, 128, DV), torch.bfloat16, torch.float32, spare=20)
+    call = CUTE.put(case.call())
+    one = call | {"state": call["state"].clone()}
+    slots = torch.arange(case.slots(), device="cuda").flip(0)
+    free = torch.tensor([int(s) for s in slots if s not in call["state_indices"]][:15])
+    given: dict[str, Any] = {"intermediate_states": CUTE.put(case.snapshots())}
+    if scattered:
+        given = {"intermediate_indices": CUTE.put(free.view(3, 5).to(torch.int32))}
+    out = CUTE.decode(**call, **given)
+    for t in range(5):
+        part = {k: x[:, t : t + 1] if k in ("q", "k", "v", "a", "b") else x for k, x in one.items()}
+        assert torch.equal(CUTE.decode(**part), out[:, t : t + 1])
+        after = one["state"][one["state_indices"].long()]
+        kept = call["state"][free.view(3, 5)[:, t].cuda()]
+        assert torch.equal(after, kept if scattered else given["intermediate_states"][:, t])
+    live = call["state_indices"].long()
+    assert torch.equal(call["state"][live], one["state"][live])
+
+
 def _rows(call: dict[str, Any], start: int, end: int) -> dict[str, Any]:
     """The call of some of the sequences, on the same pool."""
     part = ("q", "k", "v", "a", "b", "g", "beta", "state_indices")

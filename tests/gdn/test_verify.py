@@ -1,4 +1,7 @@
-"""Draft verification is decoding of the accepted tokens: the state has the same bits."""
+"""Draft verification is decoding of the accepted tokens: the state has the same bits.
+
+CuTe decodes a single token of layout "vk" by other sums than a window: there rounding may differ.
+"""
 
 import pytest
 import torch
@@ -27,16 +30,35 @@ class Twin:
             x.fill_(torch.nan)
         self.window: dict | None = None
         self.length = 0
+        self.alone = target.backend == "cute" and case.layout == "vk"
 
-    def settle(self, accepted: torch.Tensor) -> None:
-        """The accepted tokens of the open window enter the sure pool."""
+    def settle(self, accepted: torch.Tensor) -> list[int]:
+        """The accepted tokens of the open window enter the sure pool; slots that may be rounded
+        in another way."""
+        rounded = []
         for b in range(self.case.B):
             n = min(max(int(accepted[b]), 0), self.length)
             if self.window is None or n == 0:
                 continue
+            if n == 1 and self.alone:
+                rounded.append(int(self.first["state_indices"][b]))
             row = {k: x[b : b + 1] if k != "state" and k in ROWS else x
                    for k, x in tokens(self.window, slice(0, n)).items()}  # fmt: skip
             self.target.decode(**row | {"state": self.sure})
+        return rounded
+
+    def compare(self, rounded: list[int]) -> None:
+        """Both pools agree; from here on to the bit."""
+        for slot in rounded:
+            self.near(self.state[slot], self.sure[slot])
+            self.sure[slot] = self.state[slot]
+        assert_same(self.state, self.sure, "state")
+
+    def near(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Within two units in the last place of the largest value."""
+        unit = torch.finfo(x.dtype).eps * y.abs().max().clamp(min=1e-3)
+        limit = 2 * unit if x.dtype != torch.float32 else 16 * unit
+        assert ((x.float() - y.float()).abs() <= limit.float()).all()
 
     def round(self, T: int, accepted: torch.Tensor, seed: int) -> None:
         call = self.target.put(self.case.with_(T=T, seed=seed).call())
@@ -44,21 +66,24 @@ class Twin:
         for name in ("A_log", "dt_bias"):
             if name in self.first:
                 call[name] = self.first[name]
-        self.settle(accepted)
+        rounded = self.settle(accepted)
         out = self.target.verify(
             **call | {"state": self.state},
             draft=self.draft,
             num_accepted=accepted.to(self.target.device),
         )
-        assert_same(self.state, self.sure, "state")
+        self.compare(rounded)
         want = self.target.decode(**call | {"state": self.sure}, update_state=False)
-        assert_same(out, want)
+        if T == 1 and self.alone:
+            self.near(out, want)
+        else:
+            assert_same(out, want)
         self.window, self.length = call, T
         named = self.first["state_indices"].long()
         assert (self.draft.count[named] == T).all()
 
     def flush(self, accepted: torch.Tensor) -> None:
-        self.settle(accepted)
+        rounded = self.settle(accepted)
         self.draft.flush(
             self.state,
             accepted.to(self.target.device),
@@ -66,7 +91,7 @@ class Twin:
             self.case.layout,
             backend=self.target.backend,
         )
-        assert_same(self.state, self.sure, "state")
+        self.compare(rounded)
         assert (self.draft.count == 0).all()
         self.length = 0
 
