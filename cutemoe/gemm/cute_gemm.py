@@ -48,7 +48,7 @@ from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16, fence_async, tile_start
 from cutemoe.gemm.cute_decode import hook, opaque
 from cutemoe.gemm.cute_epilogue import Epilogue
-from cutemoe.gemm.cute_plan import STAGE_COLUMNS, STAGE_UNITS, Config
+from cutemoe.gemm.cute_plan import ROWS_FP8, STAGE_COLUMNS, STAGE_UNITS, Config
 from cutemoe.gemm.cute_sort import SlotSort
 from cutemoe.layouts.sm90_rs_w4 import CODE_BYTES, COLUMNS
 
@@ -79,6 +79,9 @@ class ExpertGemm:
         self.loaders = 1 if c.packed_x or self.t.block_m <= 32 else 3
         self.threads = 128 * (self.t.warpgroups + 1)
         self.sets = self.t.sets if self.hook.group == 0 else 2
+        # codes of a stage are loaded first; with all widths 8 bytes of local memory
+        int4_fp8 = c.recipe.weight == "int4" and c.recipe.width == 1
+        self.ahead = self.sets == 4 or (int4_fp8 and c.tile.rows != ROWS_FP8[-1][1])
 
         @cute.struct
         class Storage:
@@ -432,10 +435,10 @@ class ExpertGemm:
         step, steps = 0, COLUMNS // self.hook.step
         parts = [(u, b) for u in range(units) for b in range(self.t.blocks)]
         last = len(parts) * steps - 1
-        ahead = [self.load(places, stage, b, u) for u, b in parts if self.sets == 4]
+        ahead = [self.load(places, stage, b, u) for u, b in parts if self.ahead]
         for part in range_constexpr(len(parts)):
             u, b = parts[part]
-            if const_expr(self.sets == 4):
+            if const_expr(self.ahead):
                 codes, words = ahead[part]
             else:
                 codes, words = self.load(places, stage, b, u)
@@ -458,9 +461,14 @@ class ExpertGemm:
         cute.arch.mbarrier_wait(full + stage, phase)
         mma, fresh = mmas
         step, steps = 0, COLUMNS // self.hook.step
+        parts = [(b, u) for b in range(self.t.blocks) for u in range(units)]
+        ahead = [self.load(places, stage, b, u) for b, u in parts if self.ahead]
         for b in range_constexpr(self.t.blocks):
             for u in range_constexpr(units):
-                codes, words = self.load(places, stage, b, u)
+                if const_expr(self.ahead):
+                    codes, words = ahead[b * units + u]
+                else:
+                    codes, words = self.load(places, stage, b, u)
                 operands = self.hook.operands(words)
                 for c in range_constexpr(steps):
                     self.decode(codes, operands, c, rA[step % 2])
