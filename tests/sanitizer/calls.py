@@ -10,6 +10,7 @@ import argparse
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def gemm() -> Iterator[str]:
 
 
 def gdn() -> Iterator[str]:
-    """Decoding with snapshots, and two windows of verification; one row is padding."""
+    """Decoding with snapshots, of one token and of many with rows that no warp divides, and two
+    windows of verification; one row is padding."""
     for backend in names("gdn_decode"):
         for layout in ("vk", "kv"):
             for state in (torch.float32, torch.bfloat16):
@@ -109,6 +111,13 @@ def gdn() -> Iterator[str]:
                 call["state_indices"][1] = -1
                 snapshots = case.snapshots().to(CUDA)
                 cutemoe.gdn_decode(**call, intermediate_states=snapshots, backend=backend)
+                for few in (Case(3, 1, NATIVE[1]), Case(3, 9, (1, 2, 64, 20))):
+                    few = replace(few, state=state, layout=layout, dtype=torch.bfloat16)
+                    other = {k: v.to(CUDA) if isinstance(v, torch.Tensor) else v
+                             for k, v in few.call().items()}  # fmt: skip
+                    other["state_indices"][1] = -1
+                    steps = few.snapshots().to(CUDA) if few.T > 1 else None
+                    cutemoe.gdn_decode(**other, intermediate_states=steps, backend=backend)
                 draft = case.draft(4, "cuda")
                 accepted = torch.tensor([2, 0, 9], dtype=torch.int32, device=CUDA)
                 for _ in range(2):
