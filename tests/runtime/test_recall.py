@@ -15,7 +15,7 @@ import cutemoe
 from cutemoe.gdn import api
 from cutemoe.gemm import api as gemm_api
 from cutemoe.moe import api as moe_api
-from cutemoe.runtime import recall
+from cutemoe.runtime import recall, tune
 from tests import strategies as draw
 from tests.gdn.cases import Case, cases
 from tests.moe.cases import random_layer
@@ -89,6 +89,18 @@ def test_recalled_calls_give_the_same_bits(case: Case, with_out: bool, snapshots
     assert len(api._DECODED._known) == 1
     for a, b in zip(want, again, strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def test_another_configuration_is_tried_on_calls_that_are_known(decoded: Counted) -> None:
+    call = Case(index=torch.int32).call()
+    for _ in range(2):
+        cutemoe.gdn_decode(**cloned(call))
+    assert decoded.calls == 1
+    with tune.trying(None):
+        cutemoe.gdn_decode(**cloned(call))
+    assert decoded.calls == 2
+    cutemoe.gdn_decode(**cloned(call))
+    assert decoded.calls == 3
 
 
 def test_verification_is_recalled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,13 @@ def gemm() -> Iterator[str]:
             yield f"grouped_gemm {backend} {format}"
 
 
+def on_card(case: Case) -> dict[str, Any]:
+    """The tensors of a call, row 1 of them padding."""
+    call = case.call()
+    call["state_indices"][1] = -1
+    return {k: v.to(CUDA) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+
+
 def gdn() -> Iterator[str]:
     """Decoding with snapshots, of one token and of many with rows that no warp divides, and two
     windows of verification; one row is padding."""
@@ -106,18 +113,13 @@ def gdn() -> Iterator[str]:
         for layout in ("vk", "kv"):
             for state in (torch.float32, torch.bfloat16):
                 case = Case(3, 3, NATIVE[1], torch.bfloat16, state, layout)
-                call: dict[str, Any] = {k: v.to(CUDA) if isinstance(v, torch.Tensor) else v
-                        for k, v in case.call().items()}  # fmt: skip
-                call["state_indices"][1] = -1
+                call = on_card(case)
                 snapshots = case.snapshots().to(CUDA)
                 cutemoe.gdn_decode(**call, intermediate_states=snapshots, backend=backend)
                 for few in (Case(3, 1, NATIVE[1]), Case(3, 9, (1, 2, 64, 20))):
                     few = replace(few, state=state, layout=layout, dtype=torch.bfloat16)
-                    other = {k: v.to(CUDA) if isinstance(v, torch.Tensor) else v
-                             for k, v in few.call().items()}  # fmt: skip
-                    other["state_indices"][1] = -1
                     steps = few.snapshots().to(CUDA) if few.T > 1 else None
-                    cutemoe.gdn_decode(**other, intermediate_states=steps, backend=backend)
+                    cutemoe.gdn_decode(**on_card(few), intermediate_states=steps, backend=backend)
                 draft = case.draft(4, "cuda")
                 accepted = torch.tensor([2, 0, 9], dtype=torch.int32, device=CUDA)
                 for _ in range(2):
