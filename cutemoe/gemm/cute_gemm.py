@@ -48,7 +48,7 @@ from cutemoe.dsl.memory import SmemAllocator
 from cutemoe.gemm.cute_async import advance, bulk_copy, copy_16, fence_async, tile_start
 from cutemoe.gemm.cute_decode import hook, opaque
 from cutemoe.gemm.cute_epilogue import Epilogue
-from cutemoe.gemm.cute_plan import ROWS_FP8, STAGE_COLUMNS, STAGE_UNITS, Config
+from cutemoe.gemm.cute_plan import SPILLED_CODES, STAGE_COLUMNS, STAGE_UNITS, Config
 from cutemoe.gemm.cute_sort import SlotSort
 from cutemoe.layouts.sm90_rs_w4 import CODE_BYTES, COLUMNS
 
@@ -79,9 +79,9 @@ class ExpertGemm:
         self.loaders = 1 if c.packed_x or self.t.block_m <= 32 else 3
         self.threads = 128 * (self.t.warpgroups + 1)
         self.sets = self.t.sets if self.hook.group == 0 else 2
-        # codes of a stage are loaded first; with all widths 8 bytes of local memory
+        # codes of a stage are loaded first
         int4_fp8 = c.recipe.weight == "int4" and c.recipe.width == 1
-        self.ahead = self.sets == 4 or (int4_fp8 and c.tile.rows != ROWS_FP8[-1][1])
+        self.ahead = self.sets == 4 or (int4_fp8 and c.tile.rows not in SPILLED_CODES)
 
         @cute.struct
         class Storage:

@@ -180,6 +180,9 @@ SPILLED: dict[tuple[Recipe, tuple[int, ...]], tuple[int, ...]] = {
     (Recipe("nvfp4", 16, "fp16"), (120, 136, 152)): (112, 120, 128),
 }
 
+# int4 x fp8 that has 8 bytes of local memory with the codes of a stage loaded first
+SPILLED_CODES = ((24, 32, 40, 48), (32, 64, 96, 112))
+
 
 def tables(recipe: Recipe) -> tuple[tuple[float, tuple[int, ...]], ...]:
     """Most tokens that an expert can expect, and sizes of a tile, in ascending order."""
