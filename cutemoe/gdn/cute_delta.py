@@ -341,13 +341,21 @@ class GatedDelta(Rows):
         for n in range_constexpr(self.blocks):
             if const_expr(self.c.l2norm):
                 own = rD[n][2 * n + 1] if at.g % 2 == 1 else rD[n][2 * n]
-                x = self.from_lane(own, at.quad + at.g // 2) + NORM_EPS
-                y = cute.math.rsqrt(x, fastmath=True)
-                r[n] = y * (1.5 - 0.5 * x * y * y)
+                r[n] = self.inverse_norm(self.from_lane(own, at.quad + at.g // 2))
         if const_expr(self.c.tile == 8):
             r[1] = r[1] * scale
         else:
             r[0] = r[0] if at.g < 4 else r[0] * scale
+        return r
+
+    @cute.jit
+    def inverse_norm(self, square):
+        """1 / norm of a vector, of its square; 1 where vectors are taken as they are."""
+        r = Float32(1)
+        if const_expr(self.c.l2norm):
+            x = square + NORM_EPS
+            y = cute.math.rsqrt(x, fastmath=True)
+            r = y * (1.5 - 0.5 * x * y * y)
         return r
 
     @cute.jit

@@ -28,7 +28,7 @@ k q and with all gates (8 states after 8 tokens, B=1: 10.0 for 7.8; 550 instruct
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
-from cutemoe.gdn.cute_delta import NORM_EPS, GatedDelta
+from cutemoe.gdn.cute_delta import GatedDelta
 
 
 class Place:
@@ -151,7 +151,7 @@ class GatedDeltaStep(GatedDelta):
             for of, x in zip((kk, qq, kq), sums, strict=True):
                 of.append(x)
         kk, qq, kq = [self.over_chunks(x) for x in (kk, qq, kq)]
-        r_k, r_q = self.normalise(kk), self.normalise(qq) * scale
+        r_k, r_q = self.inverse_norm(kk), self.inverse_norm(qq) * scale
         made = [cute.math.exp(log_g), beta, r_k, r_q, kq * r_k * r_q]
         for i in range_constexpr(5):
             factors[i] = made[i]
@@ -198,16 +198,6 @@ class GatedDeltaStep(GatedDelta):
         for gX, rX in zip((gK, gQ), to, strict=True):
             src = cute.local_tile(gX[t, None], (self.vec,), (at.col,))
             cute.autovec_copy(src, rX[None, 0])
-
-    @cute.jit
-    def normalise(self, x):
-        """1 / norm of a vector, of its square."""
-        r = Float32(1)
-        if const_expr(self.c.l2norm):
-            x = x + NORM_EPS
-            y = cute.math.rsqrt(x, fastmath=True)
-            r = y * (1.5 - 0.5 * x * y * y)
-        return r
 
     @cute.jit
     def step(self, rF, rK, rQ, factors, mO, mS, mI, head, at, t):
