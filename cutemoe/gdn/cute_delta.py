@@ -11,11 +11,16 @@ Lanes     lane = 4 g + t. Of rows 2 g and 2 g + 1 of its tile a lane holds the c
 Tokens    tile 8: k_0..k_7 in rows 0..7 of A, q_0..q_7 in rows 8..15. tile 4: k_0..k_3, q_0..q_3 in
           rows 0..7. A lane's results belong to token g and to rows 4 t .. 4 t + 3.
 Per warp  1 loads: slot | q, k, v, gates of the window | state (and the mark of the open window)
-          2 Gram matrix k k^T, q k^T by mma, norms on its diagonal
+          2 while the state is under way: Gram matrix k k^T, q k^T by mma, norms on its diagonal
           3 decays: products of g from token to token, a scan over the quad
           4 fold (verify): S <- D S + sum of the accepted u k^T; stored if there were any
           5 S k, S q of the whole window by mma; then u, token by token
           6 outputs, records; S advanced over the window where anybody needs it
+
+Order     ptxas moves the loads of the state behind all of 2 and 3, where registers are short, and
+          mixes 2 and 3 with 5, where they are not: one latency of memory more, or 1.5 us of
+          arithmetic behind the state instead of beside it. It moves neither loads down past a
+          branch nor shuffles into one. So the loads are in a branch, and 4 to 6 are in another.
 
 Precision: 16-bit q and k are exact in TF32, so S k needs S = high + low only, two mma; float32 q
 and k have their low parts in rows 8..15. An mma truncates its sums: with float32 q and k its chains
@@ -26,20 +31,22 @@ A single token, and float32 states after every token, are cute_step.py's in layo
 call without states between takes all its tokens in at once, one with them token by token, so the
 last bits of the final state differ between the two; outputs do not.
 
-Measured on an H200, 2026-11-27, HV=32, HQ=16, D=128, float32 states, us at B = 16 / 64 / 256:
-verify T=8 14.4/43.3/159 with nothing folded, 29.3/101/374 with everything folded.
-perf/notes/gdn.md has what was tried and why.
+Measured on an H200, 2026-12-01, HV=32, HQ=16, D=128, us at B = 16 / 64 / 256: verification of T=8
+with nothing folded 14.6/43.4/161 in float32 and 10.2/27.6/99 in bfloat16, with everything folded
+27.0/91.6/352 and 17.8/58.7/213. perf/notes/gdn.md has what was tried and why.
 
 Rejected, in us at B=64: k, q and coefficients in shared memory, the Gram matrix split over the
 warps, three barriers a tile (T=8, output only: 85); the state as A operand (a move for every
 number); a rank-1 update a token by FMA from global or shared memory (verify, T=8, all folded: 115);
 loads that evict first or do not allocate in L1 and stores that stream (T=1: 74.5 and 77.7);
 dependent launch (-0.8, B=1: +0.3); warps that walk over the sequences and load one ahead into
-shared memory by bulk copies (verify, T=8: 55 and 111).
+shared memory by bulk copies (verify, T=8: 55 and 111); states a wave ahead fetched into L2 (47 to
+60 and 102 to 122); a warp for two to eight tiles of a head (47 to 52 and 109 to 123).
 Weights as exp of a difference of sums are NaN at g = 0.
 """
 
 import cuda.bindings.driver as cuda
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int16, Int32, Int64, Uint32, const_expr, range_constexpr
 from cutlass.cute.nvgpu.warp import MmaF16BF16Op
@@ -47,6 +54,14 @@ from cutlass.cute.nvgpu.warp import MmaF16BF16Op
 from cutemoe.gdn.cute_rows import Head, Lane, Rows
 
 NORM_EPS = 1e-6
+
+
+class Weights:
+    """What the tokens of a tile do to any row: gates, norms, decays, and rM of `coefficients`."""
+
+    def __init__(self, log_g, g, beta, r, later, before, own, rM):
+        self.log_g, self.g, self.beta, self.r = log_g, g, beta, r
+        self.later, self.before, self.own, self.rM = later, before, own, rM
 
 
 class GatedDelta(Rows):
@@ -93,6 +108,7 @@ class GatedDelta(Rows):
             slot = Int64(mIdx[b])
         hq = (hv * magic) >> 16
         head = Head(b, hv, hq, slot, hv == hq * group)
+        head.T = inputs[3].shape[1]
         if const_expr(self.verify):
             head.accepted = mAcc[b]
         if const_expr(self.c.ragged):
@@ -110,8 +126,20 @@ class GatedDelta(Rows):
             self.load_window(inputs, gates, window, head, at, 0)
         # the loads above it stay above the branch on the slot: one latency, not two
         cute.arch.sync_warp()
-        if head.slot >= 0 and head.slot < mS.shape[0]:
-            self.sequence(inputs, gates, mS, mI, draft, scale, window, head, at)
+        live = head.slot >= 0 and head.slot < mS.shape[0]
+        gS = self.narrow(mS[head.slot, head.hv, None, None], 2)
+        rS = cute.make_rmem_tensor((self.vec, 2, self.chunks), self.held)
+        mark = Int32(0)
+        if live:
+            if const_expr(self.verify):
+                mark = Int32(draft[4][head.slot, head.hv, at.first])
+            self.load_state(gS, rS, at)
+        # neither do loads move down past this branch, nor shuffles into the next one
+        w = None
+        if const_expr(not self.c.loop):
+            w = self.weights(window, scale, at, head.T)
+        if live:
+            self.sequence(inputs, gates, mS, gS, mI, draft, scale, window, w, rS, mark, head, at)
         else:
             self.padding(inputs[3], head, at)
 
@@ -124,71 +152,58 @@ class GatedDelta(Rows):
             self.put_quad(mO[head.b, t, head.hv, None], rO, at)
 
     @cute.jit
-    def sequence(self, inputs, gates, mS, mI, draft, scale, window, head, at):
+    def sequence(self, inputs, gates, mS, gS, mI, draft, scale, window, w, rS, mark, head, at):
         """All tokens of one head of one live sequence."""
-        T = inputs[3].shape[1]
-        gS = self.narrow(mS[head.slot, head.hv, None, None], 2)
-        rS = cute.make_rmem_tensor((self.vec, 2, self.chunks), self.held)
-        self.load_state(gS, rS, at)
-        cute.arch.sync_warp()
         half = Int32(0)
         if const_expr(self.verify):
-            mark = Int32(draft[4][head.slot, head.hv, at.first])
             half, n = 1 - (mark & 1), mark >> 1
             n = Int32(head.accepted) if head.accepted < n else n
             if n > 0:
                 self.fold(gS, rS, draft, n, 1 - half, head, at)
-                if const_expr(not self.c.loop):
-                    # cached by now; read again so that no register holds it during the fold
-                    self.load_window(inputs, gates, window, head, at, 0)
+                if const_expr(self.again and not self.c.loop):
+                    t = cutlass.min(at.g % self.c.tile, head.T - 1)
+                    self.load_vectors(inputs, window[0], window[1], head, at, t)
         if const_expr(self.c.loop):
-            for t0 in range(0, T, self.c.tile):
-                self.load_window(inputs, gates, window, head, at, t0)
-                self.compute(inputs, mS, gS, mI, draft, scale, window, rS, head, at, t0, half)
-            if const_expr(self.c.update):
-                self.store_state(gS, rS, at)
+            self.in_turn(inputs, gates, mS, gS, mI, draft, scale, window, rS, half, head, at)
         else:
-            # always so but for a flush; no load moves down past the branch
-            if T > 0:
-                self.compute(inputs, mS, gS, mI, draft, scale, window, rS, head, at, 0, half)
+            self.tokens(inputs, mS, gS, mI, draft, window, w, rS, half, head, at, 0)
         if const_expr(self.verify):
             if at.t == 0:
-                new = Int16(2 * T + half)
+                new = Int16(2 * head.T + half)
                 for h in range_constexpr(2):
                     if self.inside(at, h, inputs[3].shape[3]):
                         draft[4][head.slot, head.hv, at.row + h] = new
 
     @cute.jit
-    def compute(self, inputs, mS, gS, mI, draft, scale, window, rS, head, at, t0, half):
-        """One tile of tokens from t0 on."""
+    def in_turn(self, inputs, gates, mS, gS, mI, draft, scale, window, rS, half, head, at):
+        """A tile of tokens after the other."""
+        for t0 in range(0, head.T, self.c.tile):
+            self.load_window(inputs, gates, window, head, at, t0)
+            w = self.weights(window, scale, at, head.T - t0)
+            self.tokens(inputs, mS, gS, mI, draft, window, w, rS, half, head, at, t0)
+        if const_expr(self.c.update):
+            self.store_state(gS, rS, at)
+
+    @cute.jit
+    def tokens(self, inputs, mS, gS, mI, draft, window, w, rS, half, head, at, t0):
+        """A tile of tokens from t0 on: outputs, records, states."""
         c = self.c
         mK, mO = inputs[1], inputs[3]
-        T = mO.shape[1]
-        rX, rV, rG = window
-        n = T - t0
-        log_g, beta = self.gate(rG)
-        live = at.g % c.tile < n
-        beta = beta if live else Float32(0)
-        g = cute.math.exp(log_g) if live else Float32(1)
-        rD = self.gram(rX)
-        r = self.norms(rD, scale, at)
-        r_k = [self.from_lane(r[0], 8 * at.t + 4 * j) for j in range(2)]
-        later, before = self.decays(g, at.g % c.tile, at)
-        factors = self.factors(r, beta, at)
-        rM = self.coefficients(rD, factors, r_k, later)
+        rX, rV, _ = window
+        n = head.T - t0
         rP = self.products(rS, rX)
-        self.solve(rP, rV, rM, factors, before, beta, at)
+        self.solve(rP, rV, w, at)
         self.put_out(mO, rP, head, at, t0)
         if const_expr(self.verify):
-            self.record(draft, rX, rP, r[0], log_g, head, at, t0, T, half)
+            self.record(draft, rX, rP, w, half, head, at, t0)
         gK = self.narrow(mK[head.b, None, head.hq, None], 0)
         steps = n if n < c.tile else Int32(c.tile)
         if const_expr(c.snapshots or c.targets != ""):
             rF = self.in_float32(rS)
             to = self.target(mI, mS.shape[0], head, at, t0) if const_expr(c.targets) else None
             for s in range(steps):
-                x = self.from_lane(r[0], 4 * s)
-                self.add(rF, gK, t0 + s, rP, s, x, self.from_lane(g, 4 * s), at)
+                x = self.from_lane(w.r[0], 4 * s)
+                self.add(rF, gK, t0 + s, rP, s, x, self.from_lane(w.g, 4 * s), at)
                 if const_expr(c.targets != ""):
                     slot = self.from_lane(to, 4 * s)
                     if slot >= 0:
@@ -201,12 +216,14 @@ class GatedDelta(Rows):
                 self.store_state(gS, rF, at)
         elif const_expr(c.update):
             rF = self.in_float32(rS)
-            self.advance(rF, gK, t0, steps, rP, later, before, r[0], c.tile, at)
+            share = self.share(w.later, w.before, w.r[0], c.tile, at)
+            self.advance(rF, gK, t0, steps, rP, share, c.tile, at)
             if const_expr(not c.loop):
                 self.store_state(gS, rF, at)
         elif const_expr(c.loop):
             if n > c.tile:
-                self.advance(rS, gK, t0, steps, rP, later, before, r[0], c.tile, at)
+                share = self.share(w.later, w.before, w.r[0], c.tile, at)
+                self.advance(rS, gK, t0, steps, rP, share, c.tile, at)
 
     # ---- the window: q, k, v and gates of a tile of tokens
 
@@ -219,14 +236,18 @@ class GatedDelta(Rows):
     @cute.jit
     def load_window(self, inputs, gates, window, head, at, t0):
         """The lane's token; past the last one the last one, whose results go nowhere."""
-        mQ, mK, mV, _ = inputs
         rX, rV, rG = window
-        last = mV.shape[1] - 1
-        b, hv, hq = head.b, head.hv, head.hq
-        t = t0 + at.g % self.c.tile
-        t = t if t < last else last
-        gK = self.narrow(mK[b, None, hq, None], 0)[t, None]
-        gQ = self.narrow(mQ[b, None, hq, None], 0)[t, None]
+        t = cutlass.min(t0 + at.g % self.c.tile, head.T - 1)
+        self.load_gates(gates, rG, head.b, head.hv, t)
+        self.load_vectors(inputs, rX, rV, head, at, t)
+
+    @cute.jit
+    def load_vectors(self, inputs, rX, rV, head, at, t):
+        """Fragments of k and q of token t, four rows of its v."""
+        gV = self.narrow(inputs[2][head.b, None, head.hv, None], 1)[t, None]
+        self.get_quad(gV, rV, at)
+        gK = self.narrow(inputs[1][head.b, None, head.hq, None], 0)[t, None]
+        gQ = self.narrow(inputs[0][head.b, None, head.hq, None], 0)[t, None]
         if const_expr(self.c.tile == 8):
             self.load_row(gK, rX[0], at)
             self.load_row(gQ, rX[1], at)
@@ -235,8 +256,6 @@ class GatedDelta(Rows):
             align = self.alignment(0, self.io)
             ptr = cute.make_ptr(self.io, base, cute.AddressSpace.gmem, assumed_align=align)
             self.load_row(cute.make_tensor(ptr, cute.make_layout((self.c.dk,))), rX[0], at)
-        self.load_gates(gates, rG, b, hv, t)
-        self.get_quad(self.narrow(mV[b, None, hv, None], 1)[t, None], rV, at)
 
     @cute.jit
     def load_gates(self, gates, rG, b, hv, t):
@@ -270,6 +289,24 @@ class GatedDelta(Rows):
         return Int32(to) if to >= 0 and to < slots else Int32(-1)
 
     # ---- small products of the window
+
+    @cute.jit
+    def weights(self, window, scale, at, n):
+        """Of a tile of tokens, of which n are left: what does not depend on the state."""
+        rX, _, rG = window
+        log_g, beta = self.gate(rG)
+        live = at.g % self.c.tile < n
+        beta = beta if live else Float32(0)
+        g = cute.math.exp(log_g) if live else Float32(1)
+        rD = self.gram(rX)
+        r = self.norms(rD, scale, at)
+        r_k = [self.from_lane(r[0], 8 * at.t + 4 * j) for j in range(2)]
+        later, before = self.decays(g, at.g % self.c.tile, at)
+        factors = self.factors(r, beta, at)
+        rM = self.coefficients(rD, factors, r_k, later)
+        own = [f * before for f in factors]
+        taken = beta if at.g < 4 or self.c.tile == 8 else Float32(0)
+        return Weights(log_g, g, taken, r, later, before, own, rM)
 
     @cute.jit
     def gram(self, rX):
@@ -428,21 +465,19 @@ class GatedDelta(Rows):
         return rP
 
     @cute.jit
-    def solve(self, rP, rV, rM, factors, before, beta, at):
+    def solve(self, rP, rV, w, at):
         """Turns rP into u of token g (block 0) and the outputs (last block), token by token."""
         c = self.c
         last = const_expr(self.blocks - 1)
         for n in range_constexpr(self.blocks):
-            f = factors[n] * before
             for i in range_constexpr(4):
-                rP[i, n] = rP[i, n] * f
-        b = beta if at.g < 4 or c.tile == 8 else Float32(0)
+                rP[i, n] = rP[i, n] * w.own[n]
         for i in range_constexpr(4):
-            rP[i, 0] = cute.math.fma(b, self.number(rV, i), rP[i, 0])
+            rP[i, 0] = cute.math.fma(w.beta, self.number(rV, i), rP[i, 0])
         # u_s goes to keys of later tokens, and to queries from its own token on
         query = at.g + 1 if const_expr(c.tile == 8) else (at.g if at.g < 4 else at.g - 3)
         for s in range_constexpr(c.tile):
-            m = [self.from_lane(rM[s % 2, n], at.quad + s // 2) for n in range(self.blocks)]
+            m = [self.from_lane(w.rM[s % 2, n], at.quad + s // 2) for n in range(self.blocks)]
             for i in range_constexpr(4):
                 u = self.from_lane(rP[i, 0], 4 * s + at.t)
                 if const_expr(c.tile == 8 and s < 7):
@@ -465,17 +500,21 @@ class GatedDelta(Rows):
     # ---- the state moves on
 
     @cute.jit
-    def advance(self, rF, gK, t0, steps, rU, later, before, r, tile, at):
-        """rF <- D rF + sum of the decayed u k^T of up to 8 tokens: a product, then one FMA each.
-
-        Its C fragments are the lane's rows by columns 4 vec ch + vec t + (p, vec / 2 + p).
-        """
+    def share(self, later, before, r, tile, at):
+        """What becomes of k u^T of token g and of the state until the last token of a tile."""
         end = const_expr(4 * (tile - 1))
         tau = at.g % tile
         even = self.from_lane(later[0], end + tau // 2)
         odd = self.from_lane(later[1], end + tau // 2)
-        e = (even if tau % 2 == 0 else odd) * r
-        d = self.from_lane(before, end)
+        return (even if tau % 2 == 0 else odd) * r, self.from_lane(before, end)
+
+    @cute.jit
+    def advance(self, rF, gK, t0, steps, rU, share, tile, at):
+        """rF <- D rF + sum of the decayed u k^T of up to 8 tokens: a product, then one FMA each.
+
+        Its C fragments are the lane's rows by columns 4 vec ch + vec t + (p, vec / 2 + p).
+        """
+        e, d = share
         u = cute.make_rmem_tensor((4,), Float32)
         for i in range_constexpr(4):
             u[i] = rU[i, 0] * e if at.g < steps else Float32(0)
@@ -509,7 +548,8 @@ class GatedDelta(Rows):
                 for h in range_constexpr(2):
                     for j in range_constexpr(2):
                         i = const_expr(self.vec // 2 * j + p)
-                        rF[i, h, ch] = cute.math.fma(rF[i, h, ch], d, rD[2 * h + j])
+                        x = cute.math.fma(self.number(rF, i, h, ch), d, rD[2 * h + j])
+                        rF[i, h, ch] = rF.element_type(x)
 
     @cute.jit
     def add(self, rF, gK, t, rU, s, e, g, at):
@@ -531,49 +571,55 @@ class GatedDelta(Rows):
                         x = x * g
                     rF[j, h, ch] = x + u[h] * k
 
+    # ---- the records of a window
+
     @cute.jit
     def fold(self, gS, rS, draft, n, half, head, at):
         """The first n tokens of the open window become part of the state."""
-        mU, mK, mR, mG, _ = draft
-        tile = const_expr(self.fold_tile)
-        slot, hv = head.slot, head.hv
-        gK = self.narrow(mK[slot, half, None, head.hq, None], 3)
-        rF = self.in_float32(rS)
-        rU = cute.make_rmem_tensor((4, 1), Float32)
-        for t0 in range(0, n, tile):
-            left = n - t0 - 1
-            tau = at.g % tile
-            s = t0 + (tau if tau < left else left)
-            g = cute.math.exp(mG[slot, half, s, hv])
-            g = g if tau <= left else Float32(1)
-            r = mR[slot, half, s, head.hq]
-            self.get_quad(mU[slot, s, hv, None], rU[None, 0], at)
-            later, before = self.decays(g, tau, at)
-            steps = left + 1 if left < tile else Int32(tile)
-            self.advance(rF, gK, t0, steps, rU, later, before, r, tile, at)
-        self.store_state(gS, rF, at)
-        for ch in range_constexpr(self.chunks):
-            for h in range_constexpr(2):
-                for j in range_constexpr(self.vec):
-                    x = rF[j, h, ch]
-                    if const_expr(self.dt is not Float32):
-                        x = self.held(self.dt(x))
-                    rS[j, h, ch] = x
+        if const_expr(self.c.long or self.held is not self.dt):
+            rF = self.in_float32(rS)
+            for t0 in range(0, n, self.fold_tile):
+                self.fold_tokens(rF, draft, t0, n, half, head, at)
+            for ch in range_constexpr(self.chunks):
+                for h in range_constexpr(2):
+                    for j in range_constexpr(self.vec):
+                        rS[j, h, ch] = self.held(self.dt(rF[j, h, ch]))
+        else:
+            self.fold_tokens(rS, draft, 0, n, half, head, at)
+        self.store_state(gS, rS, at)
 
     @cute.jit
-    def record(self, draft, rX, rU, r_k, log_g, head, at, t0, T, half):
+    def fold_tokens(self, rF, draft, t0, n, half, head, at):
+        """Those of a tile from t0 on."""
+        mU, mK, mR, mG, _ = draft
+        tile, slot, hv = self.fold_tile, head.slot, head.hv
+        gK = self.narrow(mK[slot, half, None, head.hq, None], 3)
+        left = n - t0
+        tau = at.g % tile
+        s = t0 + (tau if tau < left else left - 1)
+        rU = cute.make_rmem_tensor((4, 1), Float32)
+        self.get_quad(mU[slot, s, hv, None], rU[None, 0], at)
+        g = cute.math.exp(mG[slot, half, s, hv])
+        g = g if tau < left else Float32(1)
+        r = mR[slot, half, s, head.hq]
+        later, before = self.decays(g, tau, at)
+        share = self.share(later, before, r, tile, at)
+        self.advance(rF, gK, t0, left if left < tile else Int32(tile), rU, share, tile, at)
+
+    @cute.jit
+    def record(self, draft, rX, rU, w, half, head, at, t0):
         """The window into the other half of the records; k, norms and gates by one warp each."""
         mU, mK, mR, mG, _ = draft
         slot, hv, hq = head.slot, head.hv, head.hq
         t = t0 + at.g
-        if t < T and at.g < self.c.tile:
+        if t < head.T and at.g < self.c.tile:
             rO = cute.make_rmem_tensor((4,), Float32)
             for i in range_constexpr(4):
                 rO[i] = rU[i, 0]
             self.put_quad(mU[slot, t, hv, None], rO, at)
             if at.first == 0:
                 if at.t == 0:
-                    mG[slot, half, t, hv] = log_g
+                    mG[slot, half, t, hv] = w.log_g
                 if head.leads:
                     gK = mK[slot, half, t, hq, None]
                     rK = cute.make_rmem_tensor((self.vec,), mK.element_type)
@@ -582,4 +628,4 @@ class GatedDelta(Rows):
                             rK[j] = rX[0][j, ch].to(mK.element_type)
                         cute.autovec_copy(rK, cute.local_tile(gK, (self.vec,), (4 * ch + at.t,)))
                     if at.t == 0:
-                        mR[slot, half, t, hq] = r_k
+                        mR[slot, half, t, hq] = w.r[0]

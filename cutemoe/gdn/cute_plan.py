@@ -27,6 +27,7 @@ class Config:
         ragged: DV is no multiple of rows * warps.
         l2norm, update, snapshots: as in `gdn_decode`.
         record: dtype of the recorded keys; "" is decode.
+        long: more recorded tokens than a tile may have been accepted.
         gates: dtypes of (a, b, A_log, dt_bias) or of (g, beta).
         index, accepted: dtypes of the slot indices and of num_accepted, "" for none.
         targets: dtype of the slots for the states after tokens, "" for none.
@@ -46,6 +47,7 @@ class Config:
     update: bool = True
     snapshots: bool = False
     record: str = ""
+    long: bool = False
     gates: tuple[str, ...] = ("bfloat16", "bfloat16", "float32", "float32")
     index: str = "int32"
     accepted: str = ""
@@ -80,11 +82,7 @@ def configure(problem: Problem, device: Device) -> Config:
     and 6.1 / 14.0 / 47 / 184, bfloat16 4.6 / 8.5 / 27 / 93 and 4.4 / 8.4 / 25 / 91.
 
     Verification runs in CTAs of one warp: 1 to 7 % over four (H200, 2026-11-27, HV=32, a random
-    number of accepted tokens; perf/notes/gdn.md has every figure). Room for 12 warps an SM gains
-    another 8 % for tiles of 4 tokens with float32 states, T=4 at B=256 344 -> 306 us in all. Tiles
-    of 8 tokens are slower with it, 360 against 332 us, and bfloat16 states, 9 to 13 % faster, need
-    8 to 40 bytes of local memory. ptxas spills for sm_80, sm_120a and rows
-    left over too; asked for 8 warps on sm_80, it does not.
+    number of accepted tokens; perf/notes/gdn.md has every figure). `_blocks` has the warps an SM.
     """
     p = problem
     tile = 4 if p.T <= 4 or p.dtype == "float32" else 8
@@ -96,18 +94,15 @@ def configure(problem: Problem, device: Device) -> Config:
     if (tile, p.state) == (1, "float32") and p.T <= 2:
         most = 1
     warps = next((w for w in (4, 2, 1) if w <= most and p.DV % (rows * w) == 0), most)
-    blocks = 0
-    if p.window is not None and p.T > 0:
-        warps = 1
-        fits = (tile, p.state, p.layout, p.DV % 16) == (4, "float32", "vk", 0)
-        fits = fits and p.dtype != "float32"
-        blocks = 8 if device.arch < 90 else 12 if fits and device.arch == 90 else 0
+    verify = p.window is not None and p.T > 0
+    long = (p.window or 0) > (4 if p.dtype == "float32" else 8)
+    warps = 1 if verify else warps
     return Config(
         dk=p.DK,
         tile=tile,
         loop=p.T == 0 or tile < p.T,
         warps=warps,
-        blocks=blocks,
+        blocks=_blocks(p, tile, long, device.arch) if verify else 0,
         io=p.dtype,
         state=p.state,
         layout=p.layout,
@@ -116,4 +111,22 @@ def configure(problem: Problem, device: Device) -> Config:
         update=p.update,
         snapshots=p.snapshots,
         record=p.record or "",
+        long=long,
     )
+
+
+def _blocks(p: Problem, tile: int, long: bool, arch: int) -> int:
+    """CTAs of a warp that shall fit an SM in verification, 0 where ptxas would spill for them.
+
+    A random number of accepted tokens, HV=32, B=256, H200, 2026-12-01, us with and without being
+    asked: float32 states T=4 276 and 337, T=8 321 and 370; bfloat16 T=4 169 and 178, T=8 200 and
+    204. With 20 warps bfloat16 is 3 to 10 % slower where nothing is folded, and spills.
+    """
+    if arch < 90:
+        # ptxas spills for sm_80 where nothing is asked of it
+        return 8
+    if arch != 90 or p.layout != "vk" or p.DV % 16 != 0 or not p.qk_l2norm:
+        return 0
+    if p.state == "float32":
+        return 12 if p.dtype != "float32" and (tile == 4 or p.record == p.dtype) else 0
+    return 16 if p.state == p.record == p.dtype == "bfloat16" and not long else 0

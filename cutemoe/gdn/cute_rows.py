@@ -66,6 +66,8 @@ class Rows:
         self.held = Float32 if c.loop else self.dt
         self.native = self.exact and self.io is self.held
         self.fold_tile = 8 if self.exact else 4
+        # k and q are read again behind a fold: 16 warps an SM for states of 16 bits, no gain for 32
+        self.again = self.dt.width == 16
 
     # ---- memory
 
