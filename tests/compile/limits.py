@@ -11,13 +11,13 @@ import importlib.metadata
 # by rows of a tile: for sm_120a 106 registers in place of 92, 148 in place of 128, and 168 in place
 # of 160 with copies of 8 bytes; one CTA an SM either way, which has 83 KB of shared memory
 _MORE_REGISTERS = {"4.7": {16: 2, 64: 12}}
-# sort_slots of flat ids for sm_120a alone; verification that asks for 12 warps an SM; kv snapshots;
-# FC1 of four warpgroups
+# sort_slots of flat ids for sm_120a alone; verification that asks for 12 warps an SM; a flush; FC1
+# of four warpgroups
 _LOCAL_BYTES = {
     "4.7": {
         "sort": 8,
-        "verify T=4 sm_90a": 16,
-        "kv snapshots sm_120a": 96,
+        "verify, long window sm_90a": 32,
+        "flush sm_120a": 8,
         "int4 x fp8, 48 rows": 8,
     },
 }
