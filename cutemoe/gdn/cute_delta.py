@@ -17,10 +17,10 @@ Per warp  1 loads: slot | q, k, v, gates of the window | state (and the mark of 
           5 S k, S q of the whole window by mma; then u, token by token
           6 outputs, records; S advanced over the window where anybody needs it
 
-Order     ptxas moves the loads of the state behind all of 2 and 3, where registers are short, and
-          mixes 2 and 3 with 5, where they are not: one latency of memory more, or 1.5 us of
-          arithmetic behind the state instead of beside it. It moves neither loads down past a
-          branch nor shuffles into one. So the loads are in a branch, and 4 to 6 are in another.
+Order     ptxas moves the loads of the state behind all of 2 and 3 where registers are short (0.8 us
+          at B=1), and mixes 2 and 3 with 5 where they are not: behind the state, not beside it. It
+          moves neither loads down past a branch nor shuffles into one. So the loads are in a
+          branch, and 4 to 6 are in another.
 
 Precision: 16-bit q and k are exact in TF32, so S k needs S = high + low only, two mma; float32 q
 and k have their low parts in rows 8..15. An mma truncates its sums: with float32 q and k its chains
