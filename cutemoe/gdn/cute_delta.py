@@ -162,7 +162,7 @@ class GatedDelta(Rows):
                 self.fold(gS, rS, draft, n, 1 - half, head, at)
                 if const_expr(self.again and not self.c.loop):
                     t = cutlass.min(at.g % self.c.tile, head.T - 1)
-                    self.load_vectors(inputs, window[0], window[1], head, at, t)
+                    self.load_qkv(inputs, window[0], window[1], head, at, t)
         if const_expr(self.c.loop):
             self.in_turn(inputs, gates, mS, gS, mI, draft, scale, window, rS, half, head, at)
         else:
@@ -239,10 +239,10 @@ class GatedDelta(Rows):
         rX, rV, rG = window
         t = cutlass.min(t0 + at.g % self.c.tile, head.T - 1)
         self.load_gates(gates, rG, head.b, head.hv, t)
-        self.load_vectors(inputs, rX, rV, head, at, t)
+        self.load_qkv(inputs, rX, rV, head, at, t)
 
     @cute.jit
-    def load_vectors(self, inputs, rX, rV, head, at, t):
+    def load_qkv(self, inputs, rX, rV, head, at, t):
         """Fragments of k and q of token t, four rows of its v."""
         gV = self.narrow(inputs[2][head.b, None, head.hv, None], 1)[t, None]
         self.get_quad(gV, rV, at)
