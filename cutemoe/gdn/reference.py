@@ -36,7 +36,8 @@ def gates(given: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Te
     """log g and beta [B, T, HV]; log g is 0 where exp(A_log) or softplus is, whatever the other."""
     if len(given) == 2:
         return given[0].to(dtype), given[1].to(dtype)
-    a, b, A_log, dt_bias = (x.to(dtype) for x in given)
+    # torch's softplus and sigmoid on a CPU round another way where strides are
+    a, b, A_log, dt_bias = (x.to(dtype).contiguous() for x in given)
     rate = A_log.exp()
     soft = torch.nn.functional.softplus(a + dt_bias, threshold=20.0)
     log_g = torch.where((rate == 0) | (soft == 0), 0.0, -rate * soft)

@@ -137,6 +137,20 @@ def test_head_sizes_of_real_models(target, shape, state, dtype):
     twin.flush(torch.full((case.B,), 9))
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+def test_windows_of_more_tokens_than_are_folded_at_once(target, state):
+    if target.backend == "reference":
+        pytest.skip("torch's softplus on a CPU rounds by the place in a vector")
+    cpu = target.device == "cpu"
+    case = Case(B=2, T=0, shape=(1, 2, 64, 16 if cpu else 64), dtype=torch.bfloat16, state=state)
+    twin = Twin(target, case, 20, torch.bfloat16)
+    g = draw.generator(7)
+    for i, T in enumerate((11, 2) if cpu else (20, 8, 11, 3, 17, 20)):
+        accepted = torch.randint(twin.length // 2, twin.length + 1, (case.B,), generator=g)
+        twin.round(T, accepted, 100 * i)
+    twin.flush(torch.full((case.B,), 21))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["vk", "kv"])
