@@ -57,7 +57,11 @@ NORM_EPS = 1e-6
 
 
 class Weights:
-    """What the tokens of a tile do to any row: gates, norms, decays, and rM of `coefficients`."""
+    """What the tokens of a tile do to any row of a state.
+
+    Of the lane's token: log_g, its gate g, beta, the factors r of its k and q, the decays `later`
+    and `before`, `own` factors of S k and S q, and rM, the `coefficients`.
+    """
 
     def __init__(self, log_g, g, beta, r, later, before, own, rM):
         self.log_g, self.g, self.beta, self.r = log_g, g, beta, r
@@ -107,8 +111,7 @@ class GatedDelta(Rows):
         if const_expr(self.c.index != ""):
             slot = Int64(mIdx[b])
         hq = (hv * magic) >> 16
-        head = Head(b, hv, hq, slot, hv == hq * group)
-        head.T = inputs[3].shape[1]
+        head = Head(b, hv, hq, slot, hv == hq * group, inputs[3].shape[1])
         if const_expr(self.verify):
             head.accepted = mAcc[b]
         if const_expr(self.c.ragged):

@@ -44,10 +44,11 @@ class Lane:
 
 
 class Head:
-    """Which sequence, heads and slot this warp works for; `leads` its group of v heads."""
+    """Which sequence, heads and slot this warp works for, and its T tokens; `leads` its group of v
+    heads; `accepted` of the tokens of the open window."""
 
-    def __init__(self, b, hv, hq, slot, leads):
-        self.b, self.hv, self.hq, self.slot, self.leads = b, hv, hq, slot, leads
+    def __init__(self, b, hv, hq, slot, leads, T):
+        self.b, self.hv, self.hq, self.slot, self.leads, self.T = b, hv, hq, slot, leads, T
         self.accepted = None
 
 
