@@ -163,9 +163,8 @@ class GatedDelta(Rows):
             n = Int32(head.accepted) if head.accepted < n else n
             if n > 0:
                 self.fold(gS, rS, draft, n, 1 - half, head, at)
-                if const_expr(self.again and not self.c.loop):
-                    t = cutlass.min(at.g % self.c.tile, head.T - 1)
-                    self.load_qkv(inputs, window[0], window[1], head, at, t)
+                if const_expr(self.again):
+                    self.load_qkv(inputs, window, head, at, self.token(head, at, 0))
         if const_expr(self.c.loop):
             self.in_turn(inputs, gates, mS, gS, mI, draft, scale, window, rS, half, head, at)
         else:
@@ -238,15 +237,19 @@ class GatedDelta(Rows):
 
     @cute.jit
     def load_window(self, inputs, gates, window, head, at, t0):
-        """The lane's token; past the last one the last one, whose results go nowhere."""
-        rX, rV, rG = window
-        t = cutlass.min(t0 + at.g % self.c.tile, head.T - 1)
-        self.load_gates(gates, rG, head.b, head.hv, t)
-        self.load_qkv(inputs, rX, rV, head, at, t)
+        """The lane's token of a tile from t0 on."""
+        t = self.token(head, at, t0)
+        self.load_gates(gates, window[2], head.b, head.hv, t)
+        self.load_qkv(inputs, window, head, at, t)
+
+    def token(self, head, at, t0):
+        """The lane's; past the last one the last one, whose results go nowhere."""
+        return cutlass.min(t0 + at.g % self.c.tile, head.T - 1)
 
     @cute.jit
-    def load_qkv(self, inputs, rX, rV, head, at, t):
+    def load_qkv(self, inputs, window, head, at, t):
         """Fragments of k and q of token t, four rows of its v."""
+        rX, rV, _ = window
         gV = self.narrow(inputs[2][head.b, None, head.hv, None], 1)[t, None]
         self.get_quad(gV, rV, at)
         gK = self.narrow(inputs[1][head.b, None, head.hq, None], 0)[t, None]

@@ -27,7 +27,7 @@ class Config:
         ragged: DV is no multiple of rows * warps.
         l2norm, update, snapshots: as in `gdn_decode`.
         record: dtype of the recorded keys; "" is decode.
-        long: more recorded tokens than a tile may have been accepted.
+        long: more recorded tokens than `fold_tile` may have been accepted.
         gates: dtypes of (a, b, A_log, dt_bias) or of (g, beta).
         index, accepted: dtypes of the slot indices and of num_accepted, "" for none.
         targets: dtype of the slots for the states after tokens, "" for none.
@@ -58,6 +58,11 @@ class Config:
     def rows(self) -> int:
         """Rows of a state that a warp has."""
         return 8 if self.tile == 1 else 16
+
+
+def fold_tile(dtype: str) -> int:
+    """Recorded tokens that become part of a state at once, by the dtype of q and k."""
+    return 4 if dtype == "float32" else 8
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
@@ -95,7 +100,7 @@ def configure(problem: Problem, device: Device) -> Config:
         most = 1
     warps = next((w for w in (4, 2, 1) if w <= most and p.DV % (rows * w) == 0), most)
     verify = p.window is not None and p.T > 0
-    long = (p.window or 0) > (4 if p.dtype == "float32" else 8)
+    long = (p.window or 0) > fold_tile(p.dtype)
     warps = 1 if verify else warps
     return Config(
         dk=p.DK,
